@@ -1,0 +1,71 @@
+"""Canonical examples: what a row of any format means, before any tokenizer. No torch.
+
+A prompt is either plain text, continued as it is, or a tuple of chat messages, rendered with the chat template. A
+completion is always plain text: what the assistant writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: str
+
+
+Prompt: TypeAlias = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """Something to imitate: a conversation (every assistant turn is trained), a plain prompt with its completion, or
+    plain text (prompt empty; every token is trained)."""
+
+    prompt: Prompt
+    """Plain text, or the messages of the whole conversation, assistant turns included."""
+    completion: str | None
+    """None when `prompt` is a conversation."""
+    where: str
+    """`file:line` of the row."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of one prompt, the better one known."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    where: str
+    margin: float = 0.0
+    """How much better, as a reward-model margin (0: unknown)."""
+    scores: tuple[float, float] | None = None
+    """Scores of chosen and rejected."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One completion, wanted or not."""
+
+    prompt: Prompt
+    completion: str
+    desirable: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to be completed; the other columns of its row go to the reward functions."""
+
+    prompt: Prompt
+    where: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Example: TypeAlias = Demonstration | Comparison | Verdict | Task

@@ -1,0 +1,357 @@
+"""The recipe as pydantic models: every key, type, bound and default a user can write. No torch.
+
+Objectives, estimators and controllers come from the catalogue; their blocks are `{name: ..., settings...}`.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, create_model, model_validator
+
+from rlhf_cli.catalog import (
+    CONTROLLERS,
+    ESTIMATORS,
+    NonNegative,
+    Positive,
+    Settings,
+    Share,
+    objectives_of,
+)
+
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
+]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
+
+
+def block(entries: Any, default: str | None = None) -> Any:
+    """The type of a `{name: ..., settings...}` block that may hold any of the catalogue's entries."""
+    models = [
+        create_model(f"{entry.name}_block", __base__=entry.settings, __doc__=entry.help,
+                     name=(Literal[entry.name], entry.name if entry.name == default else ...))
+        for entry in entries
+    ]  # fmt: skip
+    if len(models) == 1:
+        return models[0]
+    return Annotated[reduce(or_, models), Field(discriminator="name")]
+
+
+def _as_mapping(key: str) -> BeforeValidator:
+    """A bare string stands for `{key: string}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class ModelSettings(Settings):
+    name_or_path: str
+    """A hub id, a folder, or the directory of an earlier run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "auto"
+    """Dtype of frozen weights and of the computation. `auto`: bfloat16 on a device that has it, else float32.
+    Trained weights are always kept in float32."""
+    quantization: Quantization = "none"
+    """Quantise the frozen base with bitsandbytes; needs `lora`."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """`auto` computes attention segment by segment (packing, shared prompts) where the architecture allows it."""
+    chat_template: str | None = None
+    """A file with a Jinja template, or the template itself; default: the tokenizer's."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class LoraSettings(Settings):
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with use_rslora)."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input. Switched off in preference and PPO stages."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers: all-linear, a list of names, or a regular expression."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (arXiv:2312.03732)."""
+
+
+class SourceSettings(Settings):
+    path: str
+    """A file (.jsonl, .json, .parquet, .txt, each also .gz), a folder of such files, or a hub data set."""
+    format: str = "auto"
+    """How a row is read: auto detects it from the columns and says what it took."""
+    columns: dict[str, str] = {}
+    """Names of your columns for the names of the format, for instance {prompt: question, chosen: good}."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    limit: Count | None = None
+    """Use only the first rows."""
+    weight: Positive = 1.0
+    """How often an epoch passes over this source: 2 twice, 0.5 a random half."""
+
+
+Source = Annotated[SourceSettings, _as_mapping("path")]
+Sources = Annotated[list[Source], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class DataSettings(Settings):
+    train: Sources
+    """A path, or a list of paths or of {path, format, columns, name, split, limit, weight}."""
+    eval: Sources | None = None
+    """Held-out data in the same forms; null: no evaluation."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest sequence (prompt and completion) in tokens."""
+    truncation: Literal["drop", "left", "right"] = "drop"
+    """What happens to longer ones. left cuts the start of the prompt, right the end of the completion; the header
+    before the completion is never cut. The counts are always shown."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used (empty completion, equal pair, wrong columns): stop, or drop and count it."""
+
+
+class SFTDataSettings(DataSettings):
+    train_on_prompt: bool = False
+    """Also train on the prompt's tokens."""
+
+
+class TrainingSettings(Settings):
+    learning_rate: Positive
+    """Peak learning rate."""
+    batch_size: Count = 32
+    """Examples (sequences, pairs, completions) in one optimiser step."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
+    """Tokens in memory at once. Never changes the result; halved by itself when memory runs out."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """packed: examples share rows and pairs share their prompt; padded: a row a sequence. Never changes the result."""
+    num_epochs: Positive = 1.0
+    """Passes over the data."""
+    max_steps: Count | None = None
+    """Stop after so many steps, whatever num_epochs says."""
+    lr_scheduler: Scheduler = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_ratio: Share = 0.0
+    """Share of the steps over which the learning rate rises from zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The same as a number of steps; instead of warmup_ratio."""
+    optimizer: Optimizer = "adamw"
+    """adamw, its 8-bit and paged forms (bitsandbytes), adafactor or sgd."""
+    adam_beta1: Share = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Share = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the gradient to this norm; null: do not clip."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay; never on biases and norms."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainingSettings:
+        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
+        return self
+
+
+class LoggingSettings(Settings):
+    every: Count = 10
+    """Print and send to trackers every so many steps; metrics.jsonl has every step."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers, through their own libraries."""
+
+
+class CheckpointSettings(Settings):
+    every: Count | None = 200
+    """Steps between checkpoints; null: only at the end and when stopped."""
+    keep: Count = 2
+    """How many to keep."""
+
+
+class EvaluationSettings(Settings):
+    every: Count | None = 200
+    """Steps between evaluations; null: only before the first and after the last step."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """How many held-out prompts to complete at each evaluation, for samples.jsonl and the report."""
+    max_new_tokens: Count = 128
+    """Length limit of those samples."""
+
+
+class Recipe(Settings):
+    """What all stages share."""
+
+    stage: str
+    """The command this recipe is for."""
+    model: Annotated[ModelSettings, _as_mapping("name_or_path")]
+    """The model to start from."""
+    lora: LoraSettings | None = None
+    """Train an adapter; null: full fine-tuning."""
+    data: DataSettings
+    """Where the examples come from."""
+    training: TrainingSettings
+    """The optimisation."""
+    logging: LoggingSettings = LoggingSettings()
+    """What is shown, and where."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """When to save."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """When to evaluate."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Decides the data order, initial heads and adapters, dropout and sampling."""
+    output_dir: str
+    """The run directory."""
+
+    @model_validator(mode="after")
+    def _quantised_needs_lora(self) -> Recipe:
+        if self.model.quantization != "none" and self.lora is None:
+            raise ValueError(
+                "model.quantization is set but lora is null: a quantised base cannot be trained itself; "
+                "add `lora: {}` or set `quantization: none`"
+            )
+        return self
+
+
+class SFTRecipe(Recipe):
+    stage: Literal["sft"]
+    data: SFTDataSettings
+    objective: block(objectives_of("sft"), "cross_entropy") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+    """What is minimised."""
+
+
+class RewardRecipe(Recipe):
+    stage: Literal["train-rm"]
+    objective: block(objectives_of("train-rm"), "bradley_terry") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+    """What is minimised."""
+
+
+class DPORecipe(Recipe):
+    stage: Literal["dpo"]
+    objective: block(objectives_of("dpo"))  # type: ignore[valid-type]
+    """Which objective, and its settings."""
+    reference: str | None = None
+    """Another frozen model as reference; null: the model the policy starts from."""
+
+
+class ORPORecipe(Recipe):
+    stage: Literal["orpo"]
+    objective: block(objectives_of("orpo"), "orpo") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+    """What is minimised."""
+
+
+class SimPORecipe(Recipe):
+    stage: Literal["simpo"]
+    objective: block(objectives_of("simpo"), "simpo") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+    """What is minimised."""
+
+
+class RewardSettings(Settings):
+    run: str | None = None
+    """A `train-rm` run (or a folder with a sequence-classification model of one label)."""
+    function: str | None = None
+    """`file.py:function`, called as function(prompts=..., completions=..., **columns) -> list of floats."""
+    name: str | None = None
+    """Name in the metrics; default: the run's folder or the function's name."""
+    weight: float = 1.0
+    """Factor in the sum of all rewards."""
+    normalize: bool = True
+    """Shift and scale a reward model by the mean and standard deviation it stored on held-out data."""
+    clip: Positive | None = None
+    """Clip the score to +-clip, after normalising."""
+    timeout: Positive = 60.0
+    """Seconds one call of a function may take."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardSettings:
+        if (self.run is None) == (self.function is None):
+            raise ValueError("give exactly one of run and function")
+        return self
+
+
+class RolloutSettings(Settings):
+    max_new_tokens: Count = 128
+    """Length limit of a completion."""
+    temperature: Positive = 1.0
+    """Sampling temperature; it is part of the policy, so all log-probabilities use it too."""
+    completions_per_prompt: Count = 1
+    """Completions sampled for each prompt."""
+    stop: list[str] = []
+    """Further stop tokens, besides the model's end tokens; each must be one token of the vocabulary."""
+    max_batch: Count = 64
+    """Completions sampled at once. Never changes the result; halved by itself when memory runs out."""
+
+
+class PenaltySettings(Settings):
+    coef: Positive = 1.0
+    """Coefficient at the start."""
+    target_kl: Positive = 0.01
+    """Wanted KL per token between the policy before and after a rollout's updates; the coefficient doubles or halves."""
+
+
+class PPOSettings(Settings):
+    epochs: Count = 2
+    """Passes over each rollout."""
+    mini_batches: Count = 4
+    """Optimiser steps per pass: a rollout holds training.batch_size x mini_batches completions."""
+    clip_low: Positive = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: Positive = 0.2
+    """Ratios above 1 + clip_high are clipped."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound the loss of a bad action at dual_clip x its advantage; null: off."""
+    value_clip: Positive | None = 0.2
+    """Clip the change of a value to +-value_clip; null: off."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    kl: block(CONTROLLERS.values()) = Field(default_factory=lambda: {"name": "fixed"}, validate_default=True)  # type: ignore[valid-type]
+    """KL to the reference, subtracted from the reward at every token; fixed, proportional or doubling."""
+    penalty: PenaltySettings | None = None
+    """PPO-penalty: also add the KL to the rollout's policy to the loss, its coefficient doubled or halved."""
+    advantage: block(ESTIMATORS.values(), "gae") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+    """The advantage estimator and its settings."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of a rollout to mean 0 and variance 1."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a rollout to variance 1, keeping their mean."""
+    missing_eos_penalty: NonNegative = 1.0
+    """Subtracted from the score of a completion that was cut by the length limit."""
+    target_kl: Positive | None = None
+    """Stop a rollout's updates when the KL per token to its policy passes 1.5 times this; null: never."""
+
+
+class CriticSettings(Settings):
+    start: Literal["auto", "reward", "policy"] = "auto"
+    """Weights the critic starts from: the first reward model (with its head), or the policy (with a zero head).
+    auto: the reward model when there is one."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; null: the policy's."""
+
+
+class PPORecipe(Recipe):
+    stage: Literal["ppo"]
+    rewards: Annotated[list[RewardSettings], Field(min_length=1)]
+    """Reward models and functions; the score of a completion is their weighted sum."""
+    rollout: RolloutSettings = RolloutSettings()
+    """Sampling."""
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    """The algorithm."""
+    critic: CriticSettings = CriticSettings()
+    """The value model."""
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "train-rm": RewardRecipe,
+    "ppo": PPORecipe,
+    "dpo": DPORecipe,
+    "orpo": ORPORecipe,
+    "simpo": SimPORecipe,
+}
