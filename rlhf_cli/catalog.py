@@ -85,7 +85,7 @@ class Stage(Entry):
     """Name of the recipe class in recipe/schema.py."""
 
 
-# --- settings of the objectives -------------------------------------------------------------------------------------
+# --- settings of the objectives --------------------------------------------------------------------------
 
 
 class CrossEntropy(Settings):
@@ -153,7 +153,7 @@ class SimPO(Settings):
         return self
 
 
-# --- settings of estimators and controllers ----------------------------------------------------------------------------
+# --- settings of estimators and controllers --------------------------------------------------------------
 
 
 class GAE(Settings):
@@ -181,10 +181,10 @@ class DoublingKL(Settings):
     coef: Positive = 0.1
     """Coefficient at the start."""
     target_kl_per_sequence: Positive = 6.0
-    """Wanted KL, in nats, summed over a completion; 1.5 times over doubles the coefficient, 1.5 times under halves it."""
+    """Wanted KL, in nats, summed over a completion. At 1.5 times it the coefficient doubles, at 1/1.5 it halves."""
 
 
-# --- the names ----------------------------------------------------------------------------------------------------------
+# --- the names -------------------------------------------------------------------------------------------
 
 OBJECTIVES = {
     o.name: o
@@ -237,11 +237,12 @@ STAGES = {
 def look_up(kind: str, table: Mapping[str, E], name: str) -> E:
     """The entry of that name, or a RecipeError with the closest known name."""
     if name not in table:
-        raise RecipeError(f"no {kind} is called '{name}'", hint=did_you_mean(name, table) or f"known: {', '.join(table)}")
+        raise RecipeError(
+            f"no {kind} is called '{name}'", hint=did_you_mean(name, table) or f"known: {', '.join(table)}"
+        )
     return table[name]
 
 
 def objectives_of(stage: str) -> Iterable[Objective]:
     """The objectives that a command runs."""
     return (o for o in OBJECTIVES.values() if o.stage == stage)
-

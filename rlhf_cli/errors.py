@@ -1,4 +1,4 @@
-"""Errors that users see. Each kind has its own exit code; each prints as one line a problem: where, what, what to do."""
+"""Errors that users see. Each kind has its exit code and prints one line a problem: where, what, what to do."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ class PenaltySettings(Settings):
     coef: Positive = 1.0
     """Coefficient at the start."""
     target_kl: Positive = 0.01
-    """Wanted KL per token between the policy before and after a rollout's updates; the coefficient doubles or halves."""
+    """Wanted KL per token between the policy before and after a rollout's updates; the coefficient follows it."""
 
 
 class PPOSettings(Settings):
