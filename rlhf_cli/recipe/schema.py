@@ -32,9 +32,9 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "a
 
 def block(entries: Any, default: str | None = None) -> Any:
     """The type of a `{name: ..., settings...}` block that may hold any of the catalogue's entries."""
-    models = [
+    models: list[Any] = [
         create_model(f"{entry.name}_block", __base__=entry.settings, __doc__=entry.help,
-                     name=(Literal[entry.name], entry.name if entry.name == default else ...))
+                     name=(Literal[entry.name], entry.name if entry.name == default else ...))  # type: ignore[arg-type]
         for entry in entries
     ]  # fmt: skip
     if len(models) == 1:
@@ -158,7 +158,7 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainingSettings:
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+        if self.warmup_steps is not None and self.warmup_ratio > 0:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         return self
 

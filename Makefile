@@ -1,0 +1,95 @@
+# make help lists the targets. `make demo` and `make test` do all set-up themselves, in .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+RESUME ?= auto
+BIN := .venv/bin
+READY := .venv/ready
+RLHF := $(BIN)/rlhf
+TINY := recipes/tiny
+DEMO := demo
+
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test check clean gpu-check
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# --- set-up ----------------------------------------------------------------------------------------------
+
+setup: $(READY) ## make .venv and install the project with pinned versions (torch first)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, for instance: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+test: $(READY) ## run the tests: no network, no GPU
+	$(BIN)/python -m pytest
+
+check: $(READY) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-check: $(READY) ## what needs an NVIDIA GPU: marked tests and the tiny chain in bfloat16 and nf4
+	scripts/gpu_check.sh
+
+# --- the demo: every run directory is a target -----------------------------------------------------------
+
+METHODS := ppo dpo orpo simpo
+RUNS := $(foreach run,pretrain sft rm $(METHODS),$(DEMO)/$(run)/DONE)
+
+demo: $(READY) ## the whole chain on a tiny model, offline: sft -> train-rm -> ppo and sft -> dpo, orpo, simpo
+	@if $(MAKE) -q --no-print-directory $(DEMO)/table.md; \
+		then cat $(DEMO)/table.md; echo "demo is up to date"; \
+		else $(MAKE) --no-print-directory $(DEMO)/table.md; fi
+
+$(DEMO)/world/DONE: scripts/make_tiny.py $(TINY)/reward.py | $(READY)
+	$(BIN)/python scripts/make_tiny.py --out $(DEMO)/world
+
+$(DEMO)/pretrain/DONE: $(TINY)/pretrain.yaml $(DEMO)/world/DONE
+	$(RLHF) sft $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/sft/DONE: $(TINY)/sft.yaml $(DEMO)/pretrain/DONE
+	$(RLHF) sft $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/rm/DONE: $(TINY)/rm.yaml $(DEMO)/sft/DONE
+	$(RLHF) train-rm $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/ppo/DONE: $(TINY)/ppo.yaml $(DEMO)/sft/DONE $(DEMO)/rm/DONE
+	$(RLHF) ppo $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/dpo/DONE: $(TINY)/dpo.yaml $(DEMO)/sft/DONE
+	$(RLHF) dpo $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/orpo/DONE: $(TINY)/orpo.yaml $(DEMO)/sft/DONE
+	$(RLHF) orpo $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/simpo/DONE: $(TINY)/simpo.yaml $(DEMO)/sft/DONE
+	$(RLHF) simpo $< --resume $(RESUME)
+	@touch $@
+
+$(DEMO)/table.md: $(RUNS) scripts/demo_table.py
+	$(BIN)/python scripts/demo_table.py --demo $(DEMO) --out $@
+
+clean: ## remove the demo's files and the tools' caches (not .venv, not runs/)
+	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,132 @@
+"""LoRA adapters by name on a shared base: made, copied, read and written. models/roles.py decides which one is on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.models.base import Base
+from rlhf_cli.recipe.schema import LoraSettings
+
+WEIGHTS = "adapter_model.safetensors"
+SCORE = "base_model.model.score.weight"
+"""Where peft keeps the scalar head of a sequence classifier."""
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """peft's configuration of a fresh adapter."""
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
+    )
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and tensors of an adapter folder. ModelError: no file, pickled, cut, not LoRA, not finite."""
+    folder = Path(folder)
+    if not (folder / WEIGHTS).exists():
+        hint = "pickled adapters are refused" if (folder / "adapter_model.bin").exists() else ""
+        raise ModelError(f"no {WEIGHTS}", str(folder), hint)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    if raw.get("peft_type") != "LORA":
+        raise ModelError(f"an adapter of type {raw.get('peft_type')}; only LoRA is known here", str(folder))
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise ModelError(f"{WEIGHTS} cannot be read: {error}", str(folder), "the file is damaged") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"tensor {name} holds NaN or infinite numbers", str(folder / WEIGHTS))
+    return LoraConfig.from_pretrained(str(folder)), tensors
+
+
+def check_same_shape(settings: LoraSettings, config: LoraConfig, where: str) -> None:
+    """RecipeError when the recipe asks, in so many words, for another adapter than the one it continues."""
+    have = {
+        "r": config.r, "alpha": config.lora_alpha, "use_dora": config.use_dora, "use_rslora": config.use_rslora,
+        "target_modules": config.target_modules,
+    }  # fmt: skip
+    for key in sorted(settings.model_fields_set & {"r", "alpha", "use_dora", "use_rslora"}):
+        if getattr(settings, key) != have[key]:
+            raise RecipeError(
+                f"{getattr(settings, key)} is asked, but the adapter in {where} has {have[key]}", f"lora.{key}",
+                f"write {have[key]}, or leave the key out",
+            )  # fmt: skip
+
+
+def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Tensor] | None = None) -> None:
+    """A new adapter called `name`: fresh (policy = base), or with the given tensors. Left switched off and frozen.
+
+    Raises ModelError when the tensors do not belong to this base.
+    """
+    config.inference_mode = False
+    config.modules_to_save = None
+    config.task_type = None
+    if base.peft is None:
+        base.peft = get_peft_model(base.model, config, adapter_name=name)  # type: ignore[assignment]
+    else:
+        base.peft.add_adapter(name, config)
+    if tensors is not None:
+        _fill(base, name, {k: v for k, v in tensors.items() if k != SCORE})
+    base.active = None
+
+
+def _fill(base: Base, name: str, tensors: dict[str, Tensor]) -> None:
+    assert base.peft is not None
+    wanted = adapter_tensors(base, name)
+    if set(wanted) != set(tensors):
+        odd = sorted(set(wanted) ^ set(tensors))
+        raise ModelError(f"the adapter does not fit the base {base.source}: tensor {odd[0]} on one side only", odd[0])
+    for key, tensor in tensors.items():
+        if tensor.shape != wanted[key].shape:
+            raise ModelError(
+                f"the adapter does not fit the base {base.source}: {key} is {tuple(tensor.shape)}, "
+                f"not {tuple(wanted[key].shape)}", key,
+            )  # fmt: skip
+    set_peft_model_state_dict(base.peft, tensors, adapter_name=name)
+
+
+def adapter_tensors(base: Base, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter under peft's file names. Views, not copies."""
+    assert base.peft is not None
+    return get_peft_model_state_dict(base.peft, adapter_name=name, save_embedding_layers=False)
+
+
+def adapter_parameters(base: Base, name: str) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters of an adapter, by their names in the model."""
+    return [(n, p) for n, p in base.model.named_parameters() if f".{name}." in f".{n}." and "lora_" in n]
+
+
+def adapter_config(base: Base, name: str) -> LoraConfig:
+    """peft's configuration of an adapter."""
+    assert base.peft is not None
+    config = base.peft.peft_config[name]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def write_adapter(base: Base, name: str, folder: Path, score: Tensor | None = None) -> None:
+    """A standard peft folder: with `score` (1, H), one of a sequence classifier."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(base, name).items()}
+    config: dict[str, Any] = adapter_config(base, name).to_dict()
+    config |= {"base_model_name_or_path": base.source, "inference_mode": True}
+    if score is not None:
+        tensors[SCORE] = score.detach().cpu().contiguous()
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    else:
+        config |= {"task_type": "CAUSAL_LM"}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")

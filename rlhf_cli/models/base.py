@@ -1,0 +1,223 @@
+"""Tokenizer and base weights: loaded from a hub id, a folder or a run directory, quantised, checked before use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_cli.data.template import Template, load_template
+from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.models.attention import NAME as SEGMENTS
+from rlhf_cli.models.device import compute_dtype, pick_device
+from rlhf_cli.recipe.model_path import ModelPath, fingerprint, resolve_model
+from rlhf_cli.recipe.schema import ModelSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_cli.models.roles import Role
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is known of a model before its weights are read."""
+
+    path: ModelPath
+    """Of the model named in the recipe."""
+    source: str
+    """Folder or hub id of the base weights."""
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    config: PreTrainedConfig
+    generation: GenerationConfig | None
+
+
+@dataclass
+class Base:
+    """One set of base weights in memory, with the adapters on it. Roles are views of it (models/roles.py)."""
+
+    model: PreTrainedModel
+    source: str
+    """Folder or hub id the weights came from."""
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    """Of the computation."""
+    packed: bool = False
+    """Whether attention by segments gives this architecture's own numbers."""
+    peft: PeftModel | None = None
+    """The wrapper that owns the adapters; its layers are injected into `model`."""
+    active: str | None = None
+    """Adapter that is switched on."""
+    open_graph: Role | None = field(default=None, repr=False)
+    """Role whose backward pass is still to come."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computation in `dtype`."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (C, H) -> logits (C, V) with the architecture's scale and soft-capping."""
+        logits = self.model.get_output_embeddings()(hidden)
+        config = self.model.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def quiet() -> None:
+    """transformers speaks through our own messages."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
+    """function(), its failure as a ModelError that names `where`."""
+    try:
+        return function()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        first = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise ModelError(f"{what}: {first}", where) from error
+    except Exception as error:
+        if type(error).__module__.startswith(("safetensors", "tokenizers")) or type(error).__name__ == "Exception":
+            raise ModelError(f"{what}: {error}", where, "the file is damaged") from error
+        raise
+
+
+def load_text(settings: ModelSettings, role: str = "policy") -> Text:
+    """Tokenizer, template and configuration of the model a recipe names.
+
+    Raises RecipeError or ModelError: not found, unfinished run, another role than `role`, no end token.
+    """
+    quiet()
+    path = resolve_model(settings.name_or_path)
+    source = path.base if path.kind == "adapter" and path.base else str(path.weights or path.name)
+    safe: dict[str, Any] = {"trust_remote_code": False}
+    if settings.revision:
+        safe["revision"] = settings.revision
+    config = _attempt("no usable config.json", source, lambda: AutoConfig.from_pretrained(source, **safe))
+    architecture = (config.architectures or ["a model without a named architecture"])[0]
+    is_reward = path.role == "reward" or (path.kind == "full" and architecture.endswith("ForSequenceClassification"))
+    if is_reward != (role == "reward"):
+        found, wanted = ("a reward model", "a language model")[:: 1 if is_reward else -1]
+        hint = "name the language model it was trained from" if is_reward else "train one with `rlhf train-rm`"
+        raise ModelError(f"this is {found} ({architecture}); {wanted} is wanted here", settings.name_or_path, hint)
+    own = str(path.weights or path.name)
+    tokenizer = _attempt("no usable tokenizer", own, lambda: AutoTokenizer.from_pretrained(own, **safe))
+    generation = None if is_reward else _generation_config(source, safe)
+    template = load_template(tokenizer, settings.chat_template, generation)
+    if not template.stop_ids:
+        raise ModelError("the tokenizer has no end token, so nothing would ever stop", own,
+                         "set eos_token in tokenizer_config.json")  # fmt: skip
+    return Text(path, source, tokenizer, template, config, generation)
+
+
+def _generation_config(source: str, safe: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return transformers.GenerationConfig.from_pretrained(
+            source, **{k: v for k, v in safe.items() if k == "revision"}
+        )
+    except OSError:  # the file is optional
+        return None
+
+
+def check_length(text: Text, longest: int, key: str) -> None:
+    """RecipeError when `longest` tokens do not fit the model's context."""
+    context = getattr(text.config.get_text_config(), "max_position_embeddings", None)
+    if context and longest > context:
+        raise RecipeError(f"{longest} tokens are asked of a model with a context of {context}", key, "lower it")
+
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    if name == "none":
+        return None
+    if name == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier: bool = False) -> Base:
+    """The weights, on the device: in float32 when `trained` (full fine-tuning), else in the compute dtype.
+
+    Raises ModelError: missing, extra or non-finite tensors, pickled weights, remote code, no memory.
+    """
+    quiet()
+    device = pick_device()
+    dtype = compute_dtype(settings.dtype, device)
+    quantization = _quantization(settings.quantization, dtype)
+    attention = SEGMENTS if settings.attn_implementation == "auto" else settings.attn_implementation
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32 if trained else dtype,
+        "attn_implementation": attention,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    if settings.revision:
+        arguments["revision"] = settings.revision
+    if quantization is not None:
+        arguments |= {"quantization_config": quantization, "device_map": {"": device}}
+    try:
+        model, info = _attempt("cannot be loaded", source, lambda: auto.from_pretrained(source, **arguments))
+        _check_tensors(model, info, source)
+        model = model if quantization is not None else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            "the weights do not fit the device", source, "use quantization: nf4 or a smaller model"
+        ) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    return Base(model, source, _identity(source, model), device, dtype)
+
+
+def _identity(source: str, model: PreTrainedModel) -> str:
+    folder = Path(source)
+    if folder.is_dir():
+        return fingerprint(folder)
+    return f"hub:{source}@{getattr(model.config, '_commit_hash', None) or 'unknown'}"
+
+
+def _check_tensors(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
+    for key, word in (
+        ("missing_keys", "missing"),
+        ("mismatched_keys", "of the wrong shape"),
+        ("unexpected_keys", "extra"),
+    ):
+        names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(f"tensors {word}: {', '.join(names[:3])}{more}", source)
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"tensor {name} holds NaN or infinite numbers", source)
+
+
+def check_vocabulary(base: Base, text: Text) -> None:
+    """ModelError when the tokenizer knows more tokens than the embedding has rows."""
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if len(text.tokenizer) > rows:
+        raise ModelError(f"the tokenizer has {len(text.tokenizer)} tokens, the embedding {rows} rows", base.source)

@@ -1,0 +1,175 @@
+"""From a recipe to roles: which weights, which adapter, which reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.models import adapters
+from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base, load_text
+from rlhf_cli.models.checks import allows_packing, check_logits
+from rlhf_cli.models.roles import Role, disable_dropout
+from rlhf_cli.recipe.schema import ModelSettings, Recipe
+from rlhf_cli.runs.display import Display
+
+
+def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool = False) -> Role:
+    """The role that is trained: the whole base, a fresh adapter, or a copy of the adapter the recipe starts from.
+
+    `dropout` False switches all dropout off. Raises RecipeError and ModelError.
+    """
+    settings, lora = recipe.model, recipe.lora
+    starts_from_adapter = text.path.kind == "adapter"
+    if starts_from_adapter and lora is None:
+        raise RecipeError(
+            f"{settings.name_or_path} is a LoRA adapter, and lora is null",
+            "lora",
+            "add `lora: {}` to go on training it",
+        )
+    base = load_base(text.source, settings, trained=lora is None)
+    check_vocabulary(base, text)
+    check_logits(base)
+    base.packed = recipe.training.layout != "padded" and allows_packing(base)
+    if recipe.training.layout == "packed" and not base.packed:
+        raise RecipeError("this architecture or attn_implementation cannot take packed rows", "training.layout",
+                          "use auto")  # fmt: skip
+    if not base.packed and recipe.training.layout == "auto":
+        display.note("attention by segments does not fit this model: sequences are padded instead of packed")
+    torch.manual_seed(recipe.seed)
+    if lora is None:
+        role = Role("policy", base, trained=True)
+    elif starts_from_adapter:
+        check_base(text, base)
+        config, tensors = adapters.read_adapter(str(text.path.weights))
+        adapters.check_same_shape(lora, config, settings.name_or_path)
+        if "dropout" in lora.model_fields_set:
+            config.lora_dropout = lora.dropout
+        adapters.add_adapter(base, "policy", config, tensors)
+        role = Role("policy", base, "policy", trained=True)
+    else:
+        adapters.add_adapter(base, "policy", adapters.lora_config(lora))
+        role = Role("policy", base, "policy", trained=True)
+    if settings.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not dropout:
+        disable_dropout(base)
+    trained = sum(p.numel() for _, p in role.parameters)
+    total = sum(p.numel() for p in base.model.parameters())
+    display.note(
+        f"policy: {text.source} {settings.quantization if settings.quantization != 'none' else str(base.dtype)[6:]}, "
+        f"{'all' if lora is None else 'LoRA'}: {trained:,} of {total:,} parameters trained, on {base.device}"
+    )
+    return role
+
+
+def check_base(text: Text, base: Base) -> None:
+    """ModelError when an adapter's run remembers other base weights than those that were loaded."""
+    lineage = (text.path.run or {}).get("lineage", {}).get("base") or {}
+    known = lineage.get("fingerprint")
+    if known and known != base.fingerprint:
+        raise ModelError(
+            f"its adapter was trained on other base weights than {base.source} holds now", text.path.name,
+            "restore the base, or train the adapter again",
+        )  # fmt: skip
+
+
+def load_reference(policy: Role, text: Text) -> tuple[Role, str]:
+    """The frozen model the policy starts from, and in words which one that is.
+
+    Under LoRA: the base with adapters off, or a frozen copy of the adapter the policy started from. Else a frozen copy
+    of the whole model, in the compute dtype.
+    """
+    base = policy.base
+    if policy.adapter is None:
+        return Role("reference", _frozen_copy(base)), f"a frozen copy of {text.path.name}"
+    if text.path.kind == "full":
+        return Role("reference", base), f"{text.source} with adapters off"
+    config = copy.deepcopy(adapters.adapter_config(base, policy.adapter))
+    tensors = {k: v.detach().clone() for k, v in adapters.adapter_tensors(base, policy.adapter).items()}
+    adapters.add_adapter(base, "reference", config, tensors)
+    return Role("reference", base, "reference"), f"a frozen copy of the adapter in {text.path.name}"
+
+
+def load_named_reference(recipe: Recipe, name: str, text: Text) -> tuple[Role, str]:
+    """Another model as reference. Raises ModelError when its vocabulary or template is another one."""
+    settings = recipe.model.model_copy(update={"name_or_path": name, "revision": None})
+    other = load_text(settings)
+    if other.template.digest != text.template.digest:
+        raise ModelError("the reference has another tokenizer or chat template than the policy", name)
+    role = frozen_role("reference", settings, other, None)
+    role.base.packed = allows_packing(role.base) if recipe.training.layout != "padded" else False
+    return role, name
+
+
+def _frozen_copy(base: Base) -> Base:
+    model = copy.deepcopy(base.model).to(base.dtype)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Base(model.eval(), base.source, base.fingerprint, base.device, base.dtype, base.packed)
+
+
+def scalar_head(base: Base, weight: torch.Tensor | None = None) -> nn.Linear:
+    """hidden -> one number, float32: zero, or with the given weight (1, H)."""
+    size = base.model.config.get_text_config().hidden_size
+    head = nn.Linear(size, 1, bias=False, device=base.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.zero_() if weight is None else head.weight.copy_(weight)
+    return head
+
+
+def with_scalar_head(policy: Role, name: str) -> Role:
+    """The policy's weights as a scalar model with a zero head: a reward model before training."""
+    return Role(name, policy.base, policy.adapter, scalar_head(policy.base), trained=True)
+
+
+def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | None) -> Role:
+    """A finished model as a frozen role: on `shared` when that holds its base weights, else on a base of its own."""
+    reward = text.path.role == "reward" or (text.config.architectures or [""])[0].endswith("ForSequenceClassification")
+    if text.path.kind == "full":
+        base = load_base(text.source, settings, trained=False, classifier=reward)
+        disable_dropout(base)
+        if not reward:
+            return Role(name, base)
+        return Role(name, base, None, scalar_head(base, _score_weight(base, text)))
+    config, tensors = adapters.read_adapter(str(text.path.weights))
+    fits = shared is not None and _same_base(text, shared)
+    base = shared if shared is not None and fits else load_base(text.source, settings, trained=False)
+    check_base(text, base)
+    adapters.add_adapter(base, name, config, tensors)
+    disable_dropout(base)
+    if not reward:
+        return Role(name, base, name)
+    if adapters.SCORE not in tensors:
+        raise ModelError(f"the reward adapter has no tensor {adapters.SCORE}", str(text.path.weights))
+    return Role(name, base, name, scalar_head(base, tensors[adapters.SCORE].to(base.device)))
+
+
+def _same_base(text: Text, shared: Base) -> bool:
+    """Whether an adapter's base is the one in memory (a trained base is not: its weights move)."""
+    if shared.peft is None:
+        return False
+    known = ((text.path.run or {}).get("lineage", {}).get("base") or {}).get("fingerprint")
+    return known == shared.fingerprint if known else text.source == shared.source
+
+
+def _score_weight(base: Base, text: Text) -> torch.Tensor:
+    score = getattr(base.model, "score", None)
+    if not isinstance(score, nn.Linear) or score.weight.shape[0] != 1:
+        raise ModelError("no `score` layer with one output", text.path.name, "a reward model has num_labels 1")
+    return score.weight.detach().float()
+
+
+def lineage(policy: Role, text: Text, **more: Any) -> dict[str, Any]:
+    """What run.json remembers of the model."""
+    parent = text.path.run or {}
+    return {
+        "base": {"name": policy.base.source, "fingerprint": policy.base.fingerprint},
+        "adapter": None if policy.adapter is None else adapters.adapter_config(policy.base, policy.adapter).r,
+        "template": text.template.digest,
+        "parents": [{"name": text.path.name, "digest": parent.get("digest")}] if parent else [],
+        **more,
+    }

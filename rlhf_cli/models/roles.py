@@ -1,0 +1,158 @@
+"""Roles: policy, reference, reward and critic as views of base weights, through adapters and heads.
+
+The one place that switches adapters. Two traps of a shared base are closed here: switching clears requires_grad, so the
+flags are restored at each switch; and under activation checkpointing the backward pass recomputes with whatever adapter
+is on, so a role whose graph is open cannot be left before its backward pass has run.
+
+R rows, L slots, T scored tokens, N sequences, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.data.batch import Batch
+from rlhf_cli.models.adapters import adapter_parameters
+from rlhf_cli.models.attention import forward_arguments
+from rlhf_cli.models.base import Base
+from rlhf_cli.objectives.logprob import TokenLogp, token_logp
+
+
+class RoleError(AssertionError):
+    """Two roles of one base were mixed. Our bug, never the user's."""
+
+
+@dataclass(eq=False)
+class Role:
+    """One model of the algorithm."""
+
+    name: str
+    base: Base
+    adapter: str | None = None
+    """Its adapter; None: the base alone, adapters off."""
+    head: nn.Linear | None = None
+    """A scalar head (float32) for scores or values."""
+    trained: bool = False
+    parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    """What an optimiser may change, by name. Explicit, never read off requires_grad."""
+
+    def __post_init__(self) -> None:
+        if self.trained:
+            if self.adapter is not None:
+                self.parameters = adapter_parameters(self.base, self.adapter)
+            else:
+                unused = set() if self.head is None else {id(p) for p in _other_heads(self.base)}
+                self.parameters = [(n, p) for n, p in self.base.model.named_parameters() if id(p) not in unused]
+            if self.head is not None:
+                self.parameters += [(f"head.{n}", p) for n, p in self.head.named_parameters()]
+
+    @contextmanager
+    def active(self, *, train: bool = False) -> Iterator[None]:
+        """This role is the one that computes. With `train`, its parameters take gradients and dropout is on.
+
+        Raises RoleError when another role of this base still owes its backward pass.
+        """
+        owing = self.base.open_graph
+        if owing is not None and owing is not self:
+            raise RoleError(f"{self.name} cannot start: the backward pass of {owing.name} is still to come")
+        self._switch(train and self.trained)
+        try:
+            with torch.set_grad_enabled(train and self.trained), self.base.autocast():
+                yield
+        finally:
+            self.base.model.eval()
+
+    def _switch(self, train: bool) -> None:
+        base = self.base
+        if base.peft is not None and self.adapter != base.active:
+            if self.adapter is None:
+                base.peft.base_model.disable_adapter_layers()
+            else:
+                base.peft.base_model.enable_adapter_layers()
+                base.peft.set_adapter(self.adapter)
+            base.active = self.adapter
+        elif base.peft is not None and self.adapter is None:
+            base.peft.base_model.disable_adapter_layers()
+        own = {id(p) for _, p in self.parameters} if train else set()
+        for parameter in base.model.parameters():
+            wanted = id(parameter) in own
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+        base.model.train(train)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states: (R L, H). Call within `active`."""
+        if batch.packed and not self.base.packed:
+            raise RoleError("a packed batch for a base that cannot take it")
+        states = self.base.model.base_model(**forward_arguments(batch)).last_hidden_state  # (R, L, H)
+        if torch.is_grad_enabled():
+            self.base.open_graph = self
+        return states.reshape(-1, states.shape[-1])
+
+    def logp(self, batch: Batch, temperature: float = 1.0) -> TokenLogp:
+        """Log-probability, entropy and mean log-probability of each scored token: (T,), float32."""
+        hidden = self.hidden(batch)[batch.predictors]
+        ids = batch.ids.view(-1)[batch.targets]
+        return token_logp(hidden, self.base.logits, ids, temperature, vocabulary=self.base.vocabulary)
+
+    def values(self, batch: Batch) -> Tensor:
+        """Value of the state before each scored token: (T,), float32."""
+        return self._scalar(self.hidden(batch)[batch.predictors])
+
+    def score(self, batch: Batch) -> Tensor:
+        """Score of each sequence, read at its last token: (N,), float32."""
+        return self._scalar(self.hidden(batch)[batch.last])
+
+    def _scalar(self, hidden: Tensor) -> Tensor:
+        if self.head is None:
+            raise RoleError(f"{self.name} has no scalar head")
+        with torch.autocast(self.base.device.type, enabled=False):
+            return self.head(hidden.float()).squeeze(-1)
+
+    def backward(self, loss: Tensor) -> None:
+        """loss.backward(), while this role is active; afterwards other roles may start."""
+        if self.base.open_graph is not self:
+            raise RoleError(f"{self.name} has no graph")
+        loss.backward()
+        self.base.open_graph = None
+
+    def abandon(self) -> None:
+        """Give up a graph whose backward pass will not come (out of memory)."""
+        if self.base.open_graph is self:
+            self.base.open_graph = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by name, as a checkpoint keeps them."""
+        return {name: parameter.detach() for name, parameter in self.parameters}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        own = dict(self.parameters)
+        if set(own) != set(tensors):
+            raise RoleError(f"{self.name}: other tensors than its own: {sorted(set(own) ^ set(tensors))[:3]}")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+
+def _other_heads(base: Base) -> list[nn.Parameter]:
+    """Parameters that a role with a head of its own does not use: an untied language head, a classifier's score."""
+    heads = [base.model.get_output_embeddings(), getattr(base.model, "score", None)]
+    embedding = base.model.get_input_embeddings().weight
+    return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters() if p is not embedding]
+
+
+def disable_dropout(base: Base) -> None:
+    """Every dropout of the base and its adapters off: preference and PPO losses compare a model with itself."""
+    for module in base.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        for module in base.model.modules():
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

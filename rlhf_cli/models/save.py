@@ -1,0 +1,112 @@
+"""Finished models on disk: standard folders that plain transformers and peft open."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models import adapters
+from rlhf_cli.models.base import Text
+from rlhf_cli.models.roles import Role
+
+
+def save_policy(role: Role, text: Text, folder: Path) -> None:
+    """A causal language model: peft adapter or full weights, tokenizer, chat template, generation settings."""
+    if role.adapter is not None:
+        adapters.write_adapter(role.base, role.adapter, folder)
+    else:
+        _write_full(role, folder)
+    _write_text(text, folder)
+    if text.generation is not None:
+        generation = copy.deepcopy(text.generation)
+        generation.eos_token_id = list(text.template.stop_ids)
+        (folder / "generation_config.json").write_text(generation.to_json_string())
+
+
+def _write_full(role: Role, folder: Path) -> None:
+    """Full weights, in the compute dtype."""
+    model, dtype = role.base.model, role.base.dtype
+    state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    with _config_dtype(model.config, dtype):
+        model.save_pretrained(folder, state_dict=state)
+
+
+class _config_dtype:
+    """config.dtype is `dtype` inside."""
+
+    def __init__(self, config: object, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.config, "dtype", None)
+        self.config.dtype = self.dtype  # type: ignore[attr-defined]
+
+    def __exit__(self, *exception: object) -> None:
+        self.config.dtype = self.before  # type: ignore[attr-defined]
+
+
+def _write_text(text: Text, folder: Path) -> None:
+    tokenizer = copy.deepcopy(text.tokenizer)
+    tokenizer.chat_template = text.template.chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def save_reward(role: Role, text: Text, folder: Path) -> None:
+    """A sequence classifier with one label, its head included."""
+    assert role.head is not None
+    score = role.head.weight.detach().cpu()
+    if role.adapter is not None:
+        adapters.write_adapter(role.base, role.adapter, folder, score)
+        _write_text(text, folder)
+        return
+    config = classifier_config(role, text)
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config)
+    prefix = shell.base_model_prefix
+    dtype = role.base.dtype
+    state: dict[str, Tensor] = {
+        f"{prefix}.{k}": v.detach().to(dtype) if v.is_floating_point() else v
+        for k, v in role.base.model.base_model.state_dict().items()
+    }
+    state["score.weight"] = score.to(dtype)
+    missing = sorted(set(shell.state_dict()) ^ set(state))
+    if missing:
+        raise ModelError(f"this architecture keeps its classifier elsewhere: {missing[0]}", str(folder))
+    shell.save_pretrained(folder, state_dict=state)
+    _write_text(text, folder)
+
+
+def classifier_config(role: Role, text: Text) -> AutoConfig:
+    """The configuration of the same architecture as a classifier with one label."""
+    config = copy.deepcopy(role.base.model.config)
+    config.num_labels = 1
+    config.pad_token_id = pad_id(text)
+    config.dtype = role.base.dtype
+    return config
+
+
+def pad_id(text: Text) -> int | None:
+    """A token that pads and never ends a text: transformers' classifiers read the score before the trailing pads."""
+    tokenizer = text.tokenizer
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        if candidate is not None and candidate not in text.template.stop_ids:
+            return int(candidate)
+    return None
+
+
+def open_reward(folder: Path, text: Text, role: Role) -> torch.nn.Module:
+    """The saved reward model, opened as any user of transformers and peft would."""
+    dtype = role.base.dtype
+    if role.adapter is None:
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+    return PeftModel.from_pretrained(model, str(folder)).eval()

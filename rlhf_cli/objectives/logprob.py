@@ -1,0 +1,63 @@
+"""Log-probabilities of tokens from hidden states, in chunks, so that (tokens x vocabulary) never exists whole.
+
+T tokens, H hidden size, V vocabulary. Whatever the dtype of the model, the log-softmax is taken in float32: in bfloat16
+it is wrong by up to 0.04 nats a token, as much as an early KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**24
+"""Logits in memory at once (64 MiB in float32)."""
+
+
+class TokenLogp(NamedTuple):
+    """What the vocabulary says of T tokens."""
+
+    logp: Tensor  # (T,) log-probability of the token
+    entropy: Tensor  # (T,) entropy of the distribution, nats
+    mean: Tensor  # (T,) mean over the vocabulary of the log-probabilities
+
+
+def _chunk(hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
+    """One chunk: hidden (C, H), ids (C,) -> (3, C) logp, entropy, mean."""
+    logits = head(hidden).float() / temperature  # (C, V)
+    total = torch.logsumexp(logits, dim=-1)  # (C,)
+    logp = logits.gather(1, ids[:, None]).squeeze(1) - total
+    entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+    return torch.stack([logp, entropy, logits.mean(-1) - total])
+
+
+def token_logp(
+    hidden: Tensor,  # (T, H)
+    head: Callable[[Tensor], Tensor],  # (C, H) -> (C, V)
+    ids: Tensor,  # (T,)
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    vocabulary: int | None = None,
+) -> TokenLogp:
+    """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
+
+    At most `chunk` rows of logits (default: as many as make 64 MiB for `vocabulary` columns) are alive at a time, in
+    the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to logits
+    (bias, scale, soft-capping). The result does not depend on the chunk.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else 512
+    if len(ids) == 0:
+        empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
+        return TokenLogp(empty, empty.detach(), empty)
+    parts = []
+    for h, i in zip(hidden.split(chunk), ids.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk, h, i, head, temperature, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_chunk(h, i, head, temperature))
+    logp, entropy, mean = torch.cat(parts, dim=1)
+    return TokenLogp(logp, entropy, mean)

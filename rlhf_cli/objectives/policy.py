@@ -1,0 +1,51 @@
+"""PPO's losses, a number for each token. All shapes are those of `logp`: (T,) flat or (B, T)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """pi / pi_old of each token, the log-ratio kept within +-20."""
+    return torch.exp(torch.clamp(logp - old_logp, -20.0, 20.0))
+
+
+def clipped_policy(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) and whether the clip decided (bool), for each token.
+
+    Schulman et al. 2017 (arXiv:1707.06347) eq. 7. dual_clip c bounds the loss of a token with A < 0 at -c A
+    (Ye et al. 2020, arXiv:1912.09729, eq. 3). No gradient reaches old_logp and advantages.
+    """
+    advantages = advantages.detach()
+    rho = ratio(logp, old_logp.detach())
+    plain = rho * advantages
+    clipped = torch.clamp(rho, 1.0 - clip_low, 1.0 + clip_high) * advantages
+    surrogate = torch.minimum(plain, clipped)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate, clipped < plain
+
+
+def clipped_value(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the value, or of the value clipped around the old one if that is larger; and whether
+    the clip decided (bool). Ziegler et al. 2019 (arXiv:1909.08593), their code. value_clip None: plain error.
+    """
+    returns = returns.detach()
+    plain = (values - returns).square()
+    if value_clip is None:
+        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    old_values = old_values.detach()
+    near = old_values + torch.clamp(values - old_values, -value_clip, value_clip)
+    clipped = (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain

@@ -1,0 +1,67 @@
+"""Which keys the schema knows, and where: the ground of the hints. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from rlhf_cli.recipe.schema import RECIPES, Recipe
+from rlhf_cli.recipe.tree import Node, Path
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation may hold, through lists, unions and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
+def model_at(recipe: type[Recipe], root: Node, path: Path) -> type[BaseModel] | None:
+    """The model that describes the mapping at that path; None where the schema has none."""
+    model: type[BaseModel] | None = recipe
+    node = root
+    for step in path:
+        node = node.value[step]  # type: ignore[index, call-overload]
+        if isinstance(step, str):
+            field = model.model_fields.get(step) if model else None
+            model = _chosen(list(models_in(field.annotation)), node) if field else None
+    return model
+
+
+def _chosen(models: list[type[BaseModel]], node: Node) -> type[BaseModel] | None:
+    name = node.value.get("name") if isinstance(node.value, dict) else None
+    for model in models:
+        if len(models) == 1 or (name and name.value in get_args(model.model_fields["name"].annotation)):
+            return model
+    return None
+
+
+def known_at(recipe: type[Recipe], root: Node, path: Path) -> list[str]:
+    """The keys that the mapping at that path may have."""
+    model = model_at(recipe, root, path)
+    return list(model.model_fields) if model else []
+
+
+@cache
+def blocks_of(stage: str) -> dict[str, tuple[str, ...]]:
+    """Every key of a stage's recipe -> the blocks it may stand in ('' is the top), each once, in schema order."""
+    blocks: dict[str, list[str]] = {}
+    _collect(RECIPES[stage], "", blocks)
+    return {key: tuple(dict.fromkeys(where)) for key, where in blocks.items()}
+
+
+def _collect(model: type[BaseModel], block: str, blocks: dict[str, list[str]]) -> None:
+    for key, field in model.model_fields.items():
+        blocks.setdefault(key, []).append(block)
+        for inner in models_in(field.annotation):
+            _collect(inner, f"{block}.{key}".lstrip("."), blocks)
+
+
+def stages_with(key: str, block: str | None = None) -> list[str]:
+    """The commands whose recipes know the key (in that block)."""
+    return [stage for stage in RECIPES if key in blocks_of(stage) and (block is None or block in blocks_of(stage)[key])]

@@ -1,0 +1,171 @@
+"""What a run depends on: the meaning of its recipe and the content of everything it reads. No torch.
+
+`digest` is equal for two recipes exactly when they ask for the same result from the same inputs. Inputs are named by
+their path as the recipe writes it, taken relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.recipe.model_path import canonical, fingerprint, resolve_model, sha256, similar
+from rlhf_cli.recipe.schema import Recipe, SourceSettings
+
+_FREE = (
+    "output_dir",
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "training.max_steps",
+    "training.micro_batch_tokens",
+    "training.layout",
+    "model.gradient_checkpointing",
+    "rollout.max_batch",
+)
+"""Keys that cannot change what the steps of a run compute."""
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def semantic(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without the keys that cannot change the result (where to write, how often to log, save and
+    evaluate, how much to hold in memory, when to stop)."""
+    plain = recipe.model_dump(mode="json")
+    for dotted in _FREE:
+        *parents, last = dotted.split(".")
+        holder = plain
+        for key in parents:
+            holder = holder.get(key, {})
+        holder.pop(last, None)
+    for reward in plain.get("rewards", []):
+        reward.pop("timeout", None)
+    return plain
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 over the meaning of the recipe and the fingerprints of its inputs. Raises as `inputs` does."""
+    return digest_of(semantic(recipe), inputs(recipe))
+
+
+def digest_of(meaning: dict[str, Any], sources: dict[str, str]) -> str:
+    """The digest from `semantic` and `inputs` that are already known."""
+    return hashlib.sha256(canonical({"recipe": meaning, "inputs": sources})).hexdigest()
+
+
+def inputs(recipe: Recipe) -> dict[str, str]:
+    """Every input by name, with a fingerprint of its content; hub names stand for themselves with their revision.
+
+    Raises DataError, RecipeError or ModelError when one of them is missing, unreadable or an unfinished run.
+    """
+    found: dict[str, str] = {}
+    for source in [*recipe.data.train, *(recipe.data.eval or [])]:
+        found[source.path] = _data(source)
+    found.update(_model(recipe.model.name_or_path, recipe.model.revision))
+    template = recipe.model.chat_template
+    if template is not None and is_file(template):
+        found[template] = _file(Path(template))
+    reference = getattr(recipe, "reference", None)
+    if reference is not None:
+        found.update(_model(reference, None))
+    for reward in getattr(recipe, "rewards", []):
+        if reward.run is not None:
+            found.update(_model(reward.run, None))
+        if reward.function is not None:
+            path = reward.function.rpartition(":")[0]
+            found[path] = _function_file(path)
+    return found
+
+
+def is_file(text: str) -> bool:
+    """Whether a setting that is a file name or the text itself names an existing file."""
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per dotted key whose value differs, `key: old -> new`, in the order of the keys."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in keys
+        if _shown(before, key) != _shown(after, key)
+    ]
+
+
+def _model(name: str, revision: str | None, above: tuple[str, ...] = ()) -> dict[str, str]:
+    """Fingerprints of a model, its tokenizer and, for an adapter, its base."""
+    if name in above:
+        raise ModelError("is an adapter whose base is itself", where=name, hint="name the full model as its base")
+    found = resolve_model(name)
+    if found.weights is None:
+        return {name: f"hub:{name}@{revision or 'main'}"}
+    weights = fingerprint(found.weights)
+    result = {name: weights if found.run is None else f"run:{found.run.get('digest')} {weights}"}
+    tokenizer = [[n, sha256(found.weights / n)] for n in _TOKENIZER if (found.weights / n).is_file()]
+    if tokenizer:
+        result[f"{name} tokenizer"] = f"sha256:{hashlib.sha256(canonical(tokenizer)).hexdigest()}"
+    if found.kind == "adapter" and found.base is not None:
+        result.update(_model(found.base, None, (*above, name)))
+    return result
+
+
+def _data(source: SourceSettings) -> str:
+    """Fingerprint of a data source: a file, a folder of files, or the name of a hub data set."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        content = [[p.relative_to(path).as_posix(), _file(p)] for p in files]
+        return f"sha256:{hashlib.sha256(canonical(content)).hexdigest()}"
+    hub = re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", source.path)
+    file_like = re.search(r"\.(jsonl|json|parquet|txt|csv|gz)$", source.path)
+    if hub is None or file_like or (len(path.parts) == 2 and path.parent.is_dir()):
+        raise DataError("no such file or folder", where=source.path, hint=similar(path))
+    return f"hub:{source.path}/{source.name or 'default'}/{source.split}"
+
+
+def _file(path: Path) -> str:
+    try:
+        return f"sha256:{sha256(path)}"
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _function_file(path: str) -> str:
+    if not Path(path).is_file():
+        raise RecipeError("no such file", where=f"rewards function {path}", hint=similar(Path(path)))
+    return _file(Path(path))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts and lists with their dotted keys."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not isinstance(value, dict | list) or not value:
+        yield prefix, value
+    for key, inner in entries:
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"

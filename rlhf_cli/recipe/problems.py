@@ -1,0 +1,245 @@
+"""What pydantic says of a recipe, in plain words and with places. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.catalog import OBJECTIVES
+from rlhf_cli.errors import Problem, did_you_mean
+from rlhf_cli.recipe.hints import foreign_key, foreign_value
+from rlhf_cli.recipe.keys import blocks_of, known_at, stages_with
+from rlhf_cli.recipe.schema import RECIPES
+from rlhf_cli.recipe.tree import Found, Node, Path, Place, shorten
+
+LONGEST_WORD = 60
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "finite_number": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """An error of pydantic, with the node it is about."""
+
+    type: str
+    path: Path
+    node: Node
+    context: dict[str, Any]
+    last: str
+
+
+def explain(errors: Iterable[Any], root: Node, stage: str) -> list[Found]:
+    """The problems behind the errors of a recipe for that stage, in no special order."""
+    objective = _wrong_objective(root, stage)
+    complaints = [_locate(error, root) for error in errors]
+    groups: dict[Path, list[_Complaint]] = {}
+    for complaint in complaints:
+        if not (objective and complaint.path[:1] == ("objective",)) and _counts(complaint):
+            groups.setdefault(complaint.path, []).append(complaint)
+    parents = {path[:length] for path in groups for length in range(len(path))}
+    found = [objective] if objective else []
+    for path, group in groups.items():
+        missing = [c for c in group if c.type == "missing"]
+        found += [_missing(c, root) for c in missing]
+        rest = [c for c in group if c.type != "missing"]
+        if rest and not (path in parents and rest[0].type in _WANTED):
+            found.append(_explain_group(rest, root, stage))
+    return found
+
+
+def _locate(error: Any, root: Node) -> _Complaint:
+    """Follow pydantic's location through the tree; the names of union members in it lead nowhere and are skipped."""
+    node, path = root, ()
+    for step in error["loc"]:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            node, path = value[step], (*path, step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            node, path = value[step], (*path, step)
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    return _Complaint(error["type"], path, node, {**error.get("ctx", {}), "msg": error["msg"]}, last)
+
+
+def _counts(complaint: _Complaint) -> bool:
+    return not complaint.node.broken or complaint.type in ("extra_forbidden", "missing")
+
+
+def _found(place: Place, path: Path, message: str, hint: str = "") -> Found:
+    return Found(place, Problem(message, place.key(path), hint))
+
+
+def _missing(complaint: _Complaint, root: Node) -> Found:
+    place = complaint.node.key_place
+    hint = ""
+    if complaint.last == "objective":
+        hint = "for instance `objective: {name: dpo}`"
+    return _found(place, (*complaint.path, complaint.last), "this key is missing", hint)
+
+
+def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> Found:
+    """One problem for all that was said of one value: every member of a union complains for itself."""
+    first = group[0]
+    bound = next((c for c in group if c.type in _BOUNDS), None)
+    if first.type == "extra_forbidden":
+        return _unknown_key(first, root, stage)
+    if first.type == "value_error":
+        return _contradiction(first)
+    if bound:
+        key, words = _BOUNDS[bound.type]
+        return _found(
+            first.node.place, first.path, f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
+        )
+    if first.type == "too_short":
+        return _found(first.node.place, first.path, "the list is empty", "give at least one")
+    if first.type.startswith("union_tag"):
+        return _wrong_name(first)
+    wanted = [_WANTED[c.type] for c in group if c.type in _WANTED]
+    choices = [choice for c in group if c.type == "literal_error" for choice in _quoted(c.context["expected"])]
+    if wanted or choices:
+        return _wrong_value(first.node, first.path, choices, wanted)
+    return _found(first.node.place, first.path, str(first.context["msg"]))
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']*)'", text)
+
+
+def _wrong_name(complaint: _Complaint) -> Found:
+    choices = _choices_of_block(complaint)
+    block = complaint.node.value
+    if isinstance(block, dict) and "name" in block:
+        return _wrong_value(block["name"], (*complaint.path, "name"), choices, [])
+    if isinstance(block, dict):
+        message = f"this key is missing: one of {', '.join(choices)}"
+        return _found(complaint.node.key_place, (*complaint.path, "name"), message)
+    return _wrong_value(complaint.node, complaint.path, [], ["a mapping"])
+
+
+def _choices_of_block(complaint: _Complaint) -> list[str]:
+    if "expected_tags" in complaint.context:
+        return _quoted(complaint.context["expected_tags"])
+    return []
+
+
+def _wrong_value(node: Node, path: Path, choices: list[str], wanted: list[str]) -> Found:
+    word = node.written
+    key = next((step for step in reversed(path) if isinstance(step, str)), "")
+    hint = foreign_value(key, word) or (did_you_mean(word, choices) if len(word) < LONGEST_WORD else "")
+    if not hint:
+        hint = _type_hint(node, key, wanted)
+    if not wanted:
+        return _found(node.place, path, f"{_describe(node)} is not one of {', '.join(choices)}", hint)
+    wishes = " or ".join(dict.fromkeys([*choices, *wanted]))
+    return _found(node.place, path, f"found {_describe(node)}, wanted {wishes}", hint)
+
+
+def _describe(node: Node) -> str:
+    if isinstance(node.value, dict):
+        return "a mapping"
+    if isinstance(node.value, list):
+        return "a list"
+    if isinstance(node.value, str):
+        return f"the text '{shorten(node.value)}'"
+    return "nothing" if node.value is None else node.written
+
+
+def _type_hint(node: Node, key: str, wanted: list[str]) -> str:
+    value = node.value
+    if "a mapping" in wanted and isinstance(value, str) and key in ("objective", "kl", "advantage"):
+        return f"write `{key}: {{name: {shorten(value)}}}`"
+    if "true or false" in wanted and node.written.lower() in ("on", "off", "yes", "no", "y", "n", "0", "1"):
+        return "write true or false"
+    if "a whole number" in wanted and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if not isinstance(value, str) or not {"a number", "a whole number"} & set(wanted):
+        return ""
+    if re.fullmatch(r"[0-9]+([_,][0-9]{3})+", value):
+        return f"write {re.sub('[_,]', '', value)}"
+    if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
+        return "without quotes it is a number"
+    return ""
+
+
+def _unknown_key(complaint: _Complaint, root: Node, stage: str) -> Found:
+    key, block = str(complaint.path[-1]), complaint.path[:-1]
+    place = complaint.node.key_place
+    if block == () and key == "objective":
+        return _found(place, complaint.path, f"the command {stage} has no objective of its own")
+    return _found(place, complaint.path, "unknown key", _key_hint(key, block, root, stage))
+
+
+def _key_hint(key: str, block: Path, root: Node, stage: str) -> str:
+    if len(key) > LONGEST_WORD:
+        return ""
+    here = ".".join(step for step in block if isinstance(step, str))
+    known = known_at(RECIPES[stage], root, block)
+    foreign = _foreign_hint(key, stage)
+    if foreign and foreign.startswith(f"it is called {here}."):
+        return foreign
+    blocks = blocks_of(stage).get(key, ())
+    if 0 < len(blocks) <= 3:
+        return f"it belongs {' or '.join(f'under {b}' if b else 'at the top' for b in blocks)}"
+    if foreign:
+        return foreign
+    close = did_you_mean(key, known)
+    if close:
+        return close
+    others = stages_with(key, here)
+    if others:
+        return f"it belongs to the command {' or '.join(others)}"
+    return f"known here: {', '.join(known)}" if known else did_you_mean(key, blocks_of(stage))
+
+
+def _foreign_hint(key: str, stage: str) -> str:
+    hint = foreign_key(key)
+    head = re.match(r"it is called ([a-z_]+)[. :]", hint)
+    if not head or head[1] in RECIPES[stage].model_fields:
+        return hint
+    others = stages_with(head[1], "")
+    return f"{hint}, in the command {' or '.join(others)}" if others else hint
+
+
+def _contradiction(complaint: _Complaint) -> Found:
+    """Settings that do not go together: placed at the first key that the message names."""
+    message = str(complaint.context.get("error", complaint.context["msg"]))
+    for dotted in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message):
+        node: Node | None = complaint.node
+        for step in dotted.split("."):
+            node = node.value.get(step) if node and isinstance(node.value, dict) else None
+        if node:
+            return _found(node.key_place, (*complaint.path, *dotted.split(".")), message)
+    return _found(complaint.node.key_place, complaint.path, message)
+
+
+def _wrong_objective(root: Node, stage: str) -> Found | None:
+    block = root.value.get("objective") if isinstance(root.value, dict) else None
+    name = block.value.get("name") if block and isinstance(block.value, dict) else None
+    if not name or not isinstance(name.value, str) or name.broken:
+        return None
+    path: Path = ("objective", "name")
+    if name.value not in OBJECTIVES:
+        known = ", ".join(o.name for o in OBJECTIVES.values() if o.stage == stage)
+        close = did_you_mean(name.value, OBJECTIVES) if len(name.value) < LONGEST_WORD else ""
+        hint = foreign_value("name", name.value) or close or (f"known for {stage}: {known}" if known else "")
+        return _found(name.place, path, f"no objective is called '{shorten(name.value)}'", hint)
+    right = OBJECTIVES[name.value].stage
+    if right == stage:
+        return None
+    hint = f"run it with `rlhf {right} ...` and `stage: {right}`"
+    return _found(name.place, path, f"'{name.value}' belongs to the command {right}", hint)

@@ -1,0 +1,152 @@
+"""What to do with a run directory that may exist: start, go on, or nothing. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_cli.errors import ModelError, Problem, RecipeError
+from rlhf_cli.recipe.lineage import differences, digest_of, inputs, semantic
+from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.runs import lock, manifest
+from rlhf_cli.runs.files import TEMPORARY
+
+ARCHIVE = "--resume never archives the old run and starts anew; or choose another output_dir"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a recipe asks for."""
+
+    meaning: dict[str, Any]
+    """`lineage.semantic`."""
+    sources: dict[str, str]
+    """`lineage.inputs`."""
+    digest: str
+    max_steps: int | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What opening a run directory came to."""
+
+    status: Literal["fresh", "resume", "done"]
+    archive: bool = False
+    """The old run is to be set aside first."""
+    resume_from: Path | None = None
+    """Checkpoint the user named; None: the newest whole one."""
+
+
+def identify(recipe: Recipe) -> Identity:
+    """Read everything the recipe depends on. Raises as `lineage.inputs` does."""
+    meaning, sources = semantic(recipe), inputs(recipe)
+    return Identity(meaning, sources, digest_of(meaning, sources), recipe.training.max_steps)
+
+
+def decide(path: Path, wanted: Identity, resume: str) -> Decision:
+    """Decide between fresh, resume and done.
+
+    Args:
+        path: the run directory.
+        wanted: what the recipe asks for.
+        resume: auto, never, or the path of a checkpoint.
+
+    Raises RecipeError for a directory of another recipe or of a stranger, ModelError for a broken one.
+    """
+    started = _state(path) == "run"
+    if resume == "never":
+        return Decision("fresh", archive=started)
+    if started:
+        _same(path, read_json(path / "run.json"), wanted, ARCHIVE)
+    if resume != "auto":
+        return Decision("resume", resume_from=_named(path, Path(resume), wanted))
+    if not started:
+        return Decision("fresh")
+    if (path / "DONE").is_file():
+        return _finished(path, wanted)
+    return Decision("resume" if manifest.listed(path / "checkpoints") else "fresh")
+
+
+def refuse_inputs_inside(path: Path, wanted: Identity) -> None:
+    """Raise a RecipeError when the recipe reads from the directory that it writes."""
+    here = path.resolve()
+    for name in wanted.sources:
+        place = Path(name.removesuffix(" tokenizer")).expanduser()
+        if place.exists() and (place.resolve() == here or here in place.resolve().parents):
+            raise RecipeError(f"the recipe reads {place} from there", f"output_dir {path}", "choose another output_dir")
+
+
+def _state(path: Path) -> Literal["empty", "run"]:
+    """Whether a run lives there. Raises RecipeError when something else does."""
+    try:
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except NotADirectoryError as error:
+        raise RecipeError("is a file", f"output_dir {path}", "choose another output_dir") from error
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", str(path), "choose another output_dir") from error
+    if "run.json" in names:
+        return "run"
+    strange = sorted(name for name in names if name != lock.NAME and TEMPORARY.fullmatch(name) is None)
+    if strange:
+        raise RecipeError(
+            f"is not empty and not a run (it holds {strange[0]})", f"output_dir {path}", "choose another output_dir"
+        )
+    return "empty"
+
+
+def _same(path: Path, run: dict[str, Any], wanted: Identity, hint: str) -> None:
+    """Raise a RecipeError listing what differs between a stored run and the recipe."""
+    if run.get("digest") == wanted.digest:
+        return
+    changed = differences(run.get("recipe", {}), wanted.meaning)
+    problems = [Problem(f"differs from the run there: {line}", f"output_dir {path}", hint) for line in changed]
+    for name in sorted(run.get("inputs", {}).keys() | wanted.sources.keys()):
+        old, new = run.get("inputs", {}).get(name), wanted.sources.get(name)
+        if old is not None and new is not None and old != new:
+            problems.append(Problem(f"{name} has changed since the run there started", f"output_dir {path}", hint))
+        elif old != new and not changed:
+            verb = "is read now and was not" if old is None else "was read and is not now"
+            problems.append(Problem(f"{name} {verb} by the run there", f"output_dir {path}", hint))
+    raise RecipeError(problems or [Problem("its run.json is damaged", f"output_dir {path}", hint)])
+
+
+def _finished(path: Path, wanted: Identity) -> Decision:
+    """Done, unless the recipe now asks for more steps than the finished run made."""
+    done = read_json(path / "DONE")
+    step, before = int(done.get("step", 0)), done.get("max_steps")
+    if wanted.max_steps == before or (wanted.max_steps is not None and wanted.max_steps <= step):
+        return Decision("done")
+    if not manifest.listed(path / "checkpoints"):
+        raise RecipeError(
+            f"the run is finished at step {step} and has no checkpoint to go on from", f"output_dir {path}", ARCHIVE
+        )
+    return Decision("resume")
+
+
+def _named(path: Path, checkpoint: Path, wanted: Identity) -> Path:
+    """The checkpoint the user named, if it belongs to a run of this very recipe."""
+    if manifest.step_of(checkpoint.name) is None or not checkpoint.is_dir():
+        raise RecipeError(
+            "no such checkpoint", f"--resume {checkpoint}", "give RUN/checkpoints/step-NNNNNN, or auto, or never"
+        )
+    if reason := manifest.fault(checkpoint):
+        raise ModelError(f"the checkpoint is not whole: {reason}", str(checkpoint), "give another one, or auto")
+    owner = checkpoint.resolve().parent.parent
+    if owner == path.resolve():
+        return checkpoint
+    if not (owner / "run.json").is_file():
+        raise RecipeError("does not lie in a run directory", f"--resume {checkpoint}", "RUN/checkpoints/step-NNNNNN")
+    _same(owner, read_json(owner / "run.json"), wanted, "resume from a run of the same recipe and data")
+    if manifest.listed(path / "checkpoints"):
+        raise RecipeError(
+            "the run in output_dir has checkpoints of its own", f"--resume {checkpoint}",
+            "choose another output_dir, or --resume auto",
+        )  # fmt: skip
+    return checkpoint
+
+
+def unchanged(before: Decision, now: Decision) -> bool:
+    """Whether a decision still stands after the lock was taken; archiving makes the directory fresh."""
+    return replace(before, archive=False) == replace(now, archive=False)

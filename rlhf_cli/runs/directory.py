@@ -1,0 +1,286 @@
+"""The run directory: what one training leaves behind, whole at every moment, held by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rlhf_cli.errors import ModelError, RlhfError
+from rlhf_cli.recipe.lineage import differences
+from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.runs import lock, manifest, provenance, trackers
+from rlhf_cli.runs.decide import Decision, Identity, decide, identify, refuse_inputs_inside, unchanged
+from rlhf_cli.runs.files import discard, disk_error, remove_quietly, remove_temporaries, sync_tree, writable
+from rlhf_cli.runs.files import write_atomic as write
+from rlhf_cli.runs.metrics import HINT, Lines, plain
+
+SCHEMA = 1
+_ATTEMPT = ("DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "report.html", "final")
+"""What an attempt without any checkpoint leaves behind, removed when the run starts over."""
+
+
+class Run:
+    """A run directory. `open` decides and writes nothing; `begin` writes; `finish` writes DONE; `close` unlocks."""
+
+    def __init__(self, recipe: Recipe, command: str, resume: str, identity: Identity, decision: Decision) -> None:
+        self.recipe = recipe
+        self.path = Path(recipe.output_dir)
+        self.identity = identity
+        self._command = command
+        self._resume = resume
+        self._decision = decision
+        self._lock = -1
+        self._made: list[Path] = []
+        self._step = 0
+        self._lines = {name: Lines(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")}
+
+    @classmethod
+    def open(cls, recipe: Recipe, command: str, resume: str) -> Run:
+        """Decide what is to be done for a recipe. Writes nothing.
+
+        Args:
+            recipe: the resolved recipe.
+            command: the command line, for run.json.
+            resume: auto, never (the old run is archived by `begin`), or the path of a checkpoint.
+
+        Raises RecipeError, DataError or ModelError: inputs missing, a tracker not installed, another recipe's run or a
+        stranger's files in the directory, no right to write there.
+        """
+        path = Path(recipe.output_dir)
+        trackers.require(recipe.logging.report_to)
+        identity = identify(recipe)
+        refuse_inputs_inside(path, identity)
+        decision = decide(path, identity, resume)
+        if decision.status != "done":
+            writable(path.parent if decision.archive else path)
+        return cls(recipe, command, resume, identity, decision)
+
+    @property
+    def status(self) -> Literal["fresh", "resume", "done"]:
+        """fresh: start at step 0; resume: go on from a checkpoint; done: up to date."""
+        return self._decision.status
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint the user named; None: take the newest whole one."""
+        return self._decision.resume_from
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the trained model."""
+        return self.path / "final"
+
+    def begin(self, lineage: dict[str, Any]) -> None:
+        """Create or take over the directory, lock it, write recipe.yaml and run.json.
+
+        Args:
+            lineage: what the stage knows of its models, as JSON: base {name, fingerprint}, adapter, template, parents.
+                Its entry `role` (policy or reward) replaces the stage's usual one.
+
+        Raises ModelError: locked by another process, changed since `open`, disk refuses, lineage of a resumed run
+        differs. When it raises, nothing half-made stays and an archived run has its name back.
+        """
+        archived: Path | None = None
+        try:
+            archived = self._archive() if self._decision.archive else None
+            self._take()
+            self._clean()
+            self._write_head(plain(lineage))
+            if self._decision.status == "resume":
+                self._abandon_later()
+            if (self.path / "DONE").exists():
+                discard(self.path / "DONE")
+        except BaseException as error:
+            self._undo(archived)
+            if isinstance(error, OSError):
+                raise disk_error(error, "cannot set up the run directory", self.path, HINT) from error
+            raise
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append the metrics of a step, `step` among them, to metrics.jsonl. Raises ModelError when the disk refuses."""
+        self._step = metrics["step"]
+        self._lines["metrics.jsonl"].append(metrics)
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Append {step, prompt, completion, score?} to samples.jsonl. Raises ModelError when the disk refuses."""
+        self._lines["samples.jsonl"].append(record)
+
+    def write_data_report(self, report: dict[str, Any]) -> None:
+        """Write data-report.json. Raises ModelError when the disk refuses."""
+        self._put("data-report.json", report)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of metrics.jsonl and samples.jsonl, brought to the disk; a checkpoint stores them for `rewind`."""
+        return {name: lines.size() for name, lines in self._lines.items()}
+
+    def rewind(self, lines: dict[str, int]) -> list[str]:
+        """Cut metrics.jsonl and samples.jsonl back to the sizes a checkpoint stored; `{}` empties them.
+
+        Returns:
+            A warning for each file that is shorter than the checkpoint says, to be shown to the user.
+        """
+        source = self.resume_from.resolve().parent.parent if self.resume_from else self.path.resolve()
+        if source != self.path.resolve():
+            self._adopt(source, lines)
+        warnings = [part.cut(lines.get(name, 0)) for name, part in self._lines.items()]
+        return [warning for warning in warnings if warning]
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Bring everything to the disk, then write DONE: digest, last step, last metrics. Raises ModelError."""
+        try:
+            self.sizes()
+            if self.final.is_dir():
+                sync_tree(self.final)
+        except OSError as error:
+            raise disk_error(error, "cannot be brought to the disk", self.final, HINT) from error
+        done = {
+            "digest": self.identity.digest,
+            "step": metrics.get("step", self._step),
+            "max_steps": self.identity.max_steps,
+            "finished": provenance.now(),
+            "metrics": metrics,
+        }
+        self._put("DONE", done)
+
+    def close(self) -> None:
+        """Close the files and free the lock. May be called twice."""
+        for lines in self._lines.values():
+            lines.close()
+        if self._lock >= 0:
+            lock.free(self._lock, self.path)
+            self._lock = -1
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _put(self, name: str, value: dict[str, Any]) -> None:
+        try:
+            write(self.path / name, _pretty(value))
+        except OSError as error:
+            raise disk_error(error, "cannot be written", self.path / name, HINT) from error
+
+    def _archive(self) -> Path | None:
+        """Give the old run another name, unless someone works in it."""
+        handle = lock.take(self.path)
+        try:
+            stem = f"{self.path.name}.{datetime.now():%Y%m%d-%H%M%S}"
+            target, number = self.path.with_name(stem), 1
+            while target.exists():
+                number += 1
+                target = self.path.with_name(f"{stem}-{number}")
+            os.rename(self.path, target)
+        except BaseException:
+            lock.free(handle, self.path)
+            raise
+        lock.free(handle, target)
+        return target
+
+    def _take(self) -> None:
+        """Create the directory, lock it, and make sure that the decision still stands."""
+        missing = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        for place in reversed(missing):
+            try:
+                place.mkdir()
+                self._made.insert(0, place)
+            except FileExistsError:
+                continue
+        self._lock = lock.take(self.path)
+        if not unchanged(self._decision, decide(self.path, self.identity, self._resume)):
+            raise ModelError("another process has changed this run meanwhile", str(self.path), "give the command again")
+
+    def _clean(self) -> None:
+        """Remove what crashed processes left, and a former attempt that never reached a checkpoint."""
+        remove_temporaries(self.path)
+        manifest.tidy(self.checkpoints)
+        if self._decision.status == "fresh":
+            for name in _ATTEMPT:
+                if (self.path / name).exists():
+                    discard(self.path / name)
+
+    def _write_head(self, lineage: dict[str, Any]) -> None:
+        from rlhf_cli.recipe.reader import dump_recipe
+
+        head = self._head(lineage)
+        new = not (self.path / "run.json").exists()
+        write(self.path / "run.json", _pretty(head))
+        if new:
+            self._made.insert(0, self.path / "run.json")
+        new = not (self.path / "recipe.yaml").exists()
+        write(self.path / "recipe.yaml", dump_recipe(self.recipe).encode())
+        if new:
+            self._made.insert(0, self.path / "recipe.yaml")
+
+    def _head(self, lineage: dict[str, Any]) -> dict[str, Any]:
+        """The content of run.json; a resumed run keeps its own and notes the resumption."""
+        entry = {"command": self._command, "started": provenance.now(), "versions": provenance.versions()}
+        if self._decision.status == "resume" and (self.path / "run.json").exists():
+            head = read_json(self.path / "run.json")
+            changed = differences(head.get("lineage", {}), lineage)
+            if changed:
+                raise ModelError(
+                    f"the models are not those the run started with: {'; '.join(changed)}", str(self.path),
+                    "restore them, or archive the run with --resume never",
+                )  # fmt: skip
+            return head | {"resumed": [*head.get("resumed", []), entry]}
+        stage = self.recipe.stage
+        return {
+            "schema": SCHEMA,
+            "stage": stage,
+            "role": lineage.get("role", "reward" if stage == "train-rm" else "policy"),
+            "digest": self.identity.digest,
+            "recipe": self.identity.meaning,
+            "inputs": self.identity.sources,
+            "lineage": lineage,
+            **entry,
+            "hardware": provenance.hardware(),
+        }
+
+    def _abandon_later(self) -> None:
+        """Going on from a checkpoint the user named means giving up the later ones."""
+        chosen = self.resume_from
+        if chosen is None or chosen.resolve().parent != self.checkpoints.resolve():
+            return
+        step = manifest.step_of(chosen.name) or 0
+        for path in manifest.listed(self.checkpoints):
+            if (manifest.step_of(path.name) or 0) > step:
+                discard(path)
+
+    def _adopt(self, source: Path, lines: dict[str, int]) -> None:
+        """Copy the lines that another run wrote up to the checkpoint this one goes on from."""
+        for name in self._lines:
+            if (source / name).is_file():
+                with (source / name).open("rb") as file:
+                    write(self.path / name, file.read(lines.get(name, 0)))
+
+    def _undo(self, archived: Path | None) -> None:
+        """Take back what `begin` made before it failed."""
+        for path in self._made:
+            if path.name in {"run.json", "recipe.yaml"} and path.parent == self.path:
+                remove_quietly(path)
+        self.close()
+        for path in self._made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        self._made.clear()
+        if archived is not None and not self.path.exists():
+            os.rename(archived, self.path)
+
+
+def _pretty(value: dict[str, Any]) -> bytes:
+    return (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

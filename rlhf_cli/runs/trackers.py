@@ -1,0 +1,91 @@
+"""Metrics to tensorboard, wandb and trackio, through their own libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import Problem, RecipeError
+
+Log = Callable[[int, dict[str, float]], None]
+PROJECT = "rlhf"
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Open trackers."""
+
+    logs: tuple[Log, ...] = ()
+    closes: tuple[Callable[[], None], ...] = ()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Send the numbers of a step."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        for log in self.logs:
+            log(step, numbers)
+
+    def close(self) -> None:
+        """Send what is still waiting."""
+        for close in self.closes:
+            close()
+
+
+def require(names: Sequence[str]) -> None:
+    """Raise a RecipeError naming the extra of every tracker whose library is not installed. Imports nothing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            Problem(f"{name} is not installed", "logging.report_to", f"pip install 'rlhf-cli[{name}]'")
+            for name in missing
+        )
+
+
+def open_trackers(names: Sequence[str], run_path: Path, config: dict[str, Any]) -> Trackers:
+    """Open the trackers a recipe names.
+
+    Args:
+        names: tensorboard, wandb or trackio.
+        run_path: the run directory; its name is the name of the run.
+        config: the resolved recipe, shown beside the curves.
+
+    Raises RecipeError when a library is missing.
+    """
+    require(names)
+    opened = [_OPEN[name](run_path, config) for name in names]
+    return Trackers(tuple(log for log, _ in opened), tuple(close for _, close in opened))
+
+
+def _tensorboard(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run_path / "tensorboard"))
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _wandb(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
+    import wandb
+
+    run = wandb.init(project=PROJECT, name=run_path.name, dir=str(run_path), config=config)
+    return lambda step, metrics: run.log(metrics, step=step), run.finish
+
+
+def _trackio(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
+    import trackio
+
+    trackio.init(project=PROJECT, name=run_path.name, config=config)
+    return lambda step, metrics: trackio.log(metrics, step=step), trackio.finish
+
+
+_OPEN: dict[str, Callable[[Path, dict[str, Any]], tuple[Log, Callable[[], None]]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

@@ -1,0 +1,331 @@
+"""The training atom: forward and backward over micro-batches, one optimiser step. And what surrounds every step.
+
+Losses return sums, one for each unit they are averaged over ("example", "token", ...); the engine divides once, by the
+unit's count in the whole step. So neither the micro-batch size nor the layout changes the result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf_cli.data.batch import Batch, collate, micro_batches
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.errors import DivergedError, Interrupted, ModelError
+from rlhf_cli.models.device import default_micro_batch_tokens
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.runs.directory import Run
+from rlhf_cli.runs.display import Display
+from rlhf_cli.train import checkpoint
+from rlhf_cli.train.optim import make_optimizer, make_scheduler
+
+
+class Losses(NamedTuple):
+    """What a loss says of one micro-batch."""
+
+    sums: dict[str, Tensor]
+    """By unit: a scalar, summed over the micro-batch, with gradient."""
+    metrics: dict[str, tuple[Tensor, float]]
+    """By name: a sum without gradient and the count it is to be divided by, over the step."""
+
+
+Loss = Callable[[Batch, list[int]], Losses]
+"""Of a micro-batch and the indices, within the step, of its examples."""
+Prepare = Callable[[Batch, list[int]], Batch]
+"""Runs before the role is active, for instance to ask a frozen role."""
+
+
+class Stateful(Protocol):
+    """Something a checkpoint keeps, as JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Learner:
+    """A role that is trained."""
+
+    role: Role
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Engine:
+    """The state of a run in progress."""
+
+    recipe: Recipe
+    run: Run
+    display: Display
+    total_steps: int
+    packed: bool
+    step: int = 0
+    tokens: int = 0
+    """Tokens passed through training forwards so far."""
+    learners: dict[str, Learner] = field(default_factory=dict)
+    kept: dict[str, Stateful] = field(default_factory=dict)
+    kept_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    evaluate: Callable[[], dict[str, float]] | None = None
+    budget: int = 0
+    _signal: int | None = None
+    _clock: float = 0.0
+    _clock_tokens: int = 0
+
+    def add(self, role: Role, learning_rate: float) -> None:
+        """Train this role."""
+        settings = self.recipe.training
+        optimizer = make_optimizer(role.parameters, settings, learning_rate)
+        scheduler = make_scheduler(optimizer, settings, self.total_steps)
+        scaler = torch.amp.GradScaler(role.base.device.type, enabled=role.base.dtype == torch.float16)
+        self.learners[role.name] = Learner(role, optimizer, scheduler, scaler)
+        if not self.budget:
+            wanted = settings.micro_batch_tokens
+            self.budget = default_micro_batch_tokens(role.base.device) if wanted == "auto" else wanted
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        role: Role,
+        samples: Sequence[Sample],
+        loss: Loss,
+        counts: dict[str, float],
+        prepare: Prepare | None = None,
+    ) -> dict[str, float]:
+        """Forward, backward and one optimiser step over the samples of a step; the metrics of the step.
+
+        counts: how many of each unit the step holds. Raises DivergedError before the step is applied when the loss or
+        the gradient is not finite; ModelError when one sample alone does not fit the memory.
+        """
+        learner = self.learners[role.name]
+        totals = self._within_memory(samples, lambda: self._accumulate(learner, samples, loss, counts, prepare))
+        norm = self._step(learner, samples)
+        return totals | {"grad_norm": norm}
+
+    def measure(
+        self,
+        role: Role,
+        samples: Sequence[Sample],
+        loss: Loss,
+        counts: dict[str, float],
+        prepare: Prepare | None = None,
+    ) -> dict[str, float]:
+        """The metrics of `update` without gradient and without a step."""
+        return self._within_memory(samples, lambda: self._passes(role, samples, loss, counts, prepare, None))
+
+    def infer(
+        self,
+        role: Role,
+        samples: Sequence[Sample],
+        function: Callable[[Batch], Tensor],
+        unit: Literal["token", "sequence"] = "token",
+    ) -> list[Tensor]:
+        """function(batch), a number for each scored token (T,) or sequence (N,), given back sample by sample."""
+
+        def run() -> list[Tensor]:
+            out: list[Tensor | None] = [None] * len(samples)
+            for group, batch in self._batches(role, samples):
+                with role.active():
+                    result = function(batch)
+                owner = batch.example if unit == "sequence" else batch.example[batch.owners]
+                for place, i in enumerate(group):
+                    out[i] = result[owner == place]
+            return [o for o in out if o is not None]
+
+        return self._within_memory(samples, run)
+
+    def _batches(self, role: Role, samples: Sequence[Sample]) -> list[tuple[list[int], Batch]]:
+        packed = self.packed and role.base.packed
+        groups = micro_batches(samples, self.budget, packed=packed)
+        return [(g, collate([samples[i] for i in g], packed=packed).to(role.base.device)) for g in groups]
+
+    def _within_memory(self, samples: Sequence[Sample], function: Callable[[], Any]) -> Any:
+        """function(), again with half the budget when the device runs out of memory."""
+        while True:
+            try:
+                return function()
+            except torch.OutOfMemoryError as error:
+                for learner in self.learners.values():
+                    learner.role.abandon()
+                    learner.optimizer.zero_grad(set_to_none=True)
+                longest = max(len(s.prompt) + sum(len(c.ids) for c in s.completions) for s in samples)
+                if self.budget <= longest:
+                    raise ModelError(
+                        f"out of memory with a single example of {longest} tokens", "data.max_length",
+                        "lower it, or set model.quantization: nf4, or a smaller lora.r",
+                    ) from error  # fmt: skip
+            self.budget = max(self.budget // 2, longest)
+            torch.cuda.empty_cache()
+            self.display.warn(f"out of memory: going on with micro-batches of {self.budget} tokens (same result)")
+
+    def _accumulate(
+        self, learner: Learner, samples: Sequence[Sample], loss: Loss, counts: dict[str, float], prepare: Prepare | None
+    ) -> dict[str, float]:
+        learner.optimizer.zero_grad(set_to_none=True)
+        return self._passes(learner.role, samples, loss, counts, prepare, learner.scaler)
+
+    def _passes(
+        self,
+        role: Role,
+        samples: Sequence[Sample],
+        loss: Loss,
+        counts: dict[str, float],
+        prepare: Prepare | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> dict[str, float]:
+        """Every micro-batch forward and, with a scaler, backward; the metrics summed, then divided."""
+        sums: dict[str, float] = {"loss": 0.0}
+        over: dict[str, float] = {"loss": 1.0}
+        tokens = 0
+        for group, raw in self._batches(role, samples):
+            batch = raw if prepare is None else prepare(raw, group)
+            tokens += batch.tokens
+            with role.active(train=scaler is not None):
+                losses = loss(batch, group)
+                parts = [value / max(counts[unit], 1) for unit, value in losses.sums.items()]
+                part = torch.stack(parts).sum()
+                if not bool(torch.isfinite(part)):
+                    role.abandon()
+                    self._diverged({"loss": float(part)}, batch.where)
+                if scaler is not None:
+                    role.backward(scaler.scale(part))
+            sums["loss"] += float(part.detach())
+            for name, (value, count) in losses.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+                over[name] = over.get(name, 0.0) + count
+        if scaler is not None:
+            self.tokens += tokens
+        return {name: value / max(over[name], 1e-12) for name, value in sums.items()}
+
+    def _step(self, learner: Learner, samples: Sequence[Sample]) -> float:
+        """Clip, check, apply. The norm of the gradient before clipping."""
+        learner.scaler.unscale_(learner.optimizer)
+        parameters = [p for _, p in learner.role.parameters]
+        limit = self.recipe.training.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        if not math.isfinite(norm) and not learner.scaler.is_enabled():
+            self._diverged({"grad_norm": norm}, tuple(s.where for s in samples))
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _diverged(self, numbers: dict[str, float], where: tuple[str, ...]) -> None:
+        """Log the number as it is, name the rows and the last whole checkpoint, stop."""
+        self.run.log({"step": self.step + 1, **numbers})
+        name, value = next(iter(numbers.items()))
+        saved = checkpoint.newest(self.run.checkpoints, self.display)
+        rows = ", ".join(where[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
+        raise DivergedError(
+            f"{name} is {value} at step {self.step + 1}; the step was not applied; rows: {rows}", str(self.run.path),
+            f"last whole checkpoint: {saved.path if saved else 'none'}; lower training.learning_rate or look at the rows",
+        )  # fmt: skip
+
+    # --- what surrounds a step -------------------------------------------------------------------------------------------
+
+    def tick(self, metrics: dict[str, float]) -> None:
+        """A step is over: schedules, evaluation, log, checkpoint, and obedience to a stop signal."""
+        self.step += 1
+        rates = {name: learner.optimizer.param_groups[0]["lr"] for name, learner in self.learners.items()}
+        for learner in self.learners.values():
+            learner.scheduler.step()
+        first = next(iter(rates.values()))
+        metrics = {"step": self.step, **metrics, "learning_rate": first, "num_tokens": self.tokens}
+        for name, rate in list(rates.items())[1:]:
+            metrics[f"{name}/learning_rate"] = rate
+        now = time.monotonic()
+        metrics["tokens_per_second"] = round((self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9), 1)
+        self._clock, self._clock_tokens = now, self.tokens
+        done = self.step >= self.total_steps
+        if self.evaluate is not None and (done or self._due(self.recipe.evaluation.every)):
+            metrics |= self.evaluate()
+            self._clock = time.monotonic()
+        self.run.log(metrics)
+        show = done or self.step % self.recipe.logging.every == 0 or self.step == 1
+        self.display.step(self.step, metrics, show)
+        if done or self._signal is not None or self._due(self.recipe.checkpoint.every):
+            self.save()
+        if self._signal is not None and not done:
+            name = signal.Signals(self._signal).name
+            raise Interrupted(self._signal, f"{name}: stopped after step {self.step}, checkpoint written; the same "
+                                            f"command goes on from here")  # fmt: skip
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def save(self) -> None:
+        """A whole checkpoint of this moment."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "budget": self.budget,
+                                 "sizes": self.run.sizes(), "learners": {}, "kept": {}}  # fmt: skip
+        for name, learner in self.learners.items():
+            tensors[name] = learner.role.tensors()
+            tensors[f"{name}-optimizer"], optimizer = checkpoint.save_optimizer(learner.optimizer)
+            state["learners"][name] = {
+                "optimizer": optimizer,
+                "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
+                "scaler": learner.scaler.state_dict(),
+            }
+        tensors |= self.kept_tensors
+        tensors["random"], state["random"] = checkpoint.random_state()
+        state["kept"] = {name: thing.state_dict() for name, thing in self.kept.items()}
+        checkpoint.save(self.run.checkpoints, f"step-{self.step:06d}", tensors, state, self.recipe.checkpoint.keep)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on exactly where the checkpoint was written."""
+        state = saved.state
+        self.step, self.tokens = state["step"], state["tokens"]
+        if self.recipe.training.micro_batch_tokens == "auto":
+            self.budget = state["budget"]
+        for name, learner in self.learners.items():
+            learner.role.load_tensors(saved.tensors(name))
+            kept = state["learners"][name]
+            checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
+            learner.scheduler.load_state_dict(kept["scheduler"])
+            if kept["scaler"]:
+                learner.scaler.load_state_dict(kept["scaler"])
+        for name, thing in self.kept.items():
+            thing.load_state_dict(state["kept"][name])
+        for name, own in self.kept_tensors.items():
+            for key, tensor in saved.tensors(name).items():
+                own[key].copy_(tensor)
+        checkpoint.set_random_state(saved.tensors("random"), state["random"])
+        self.run.rewind(state["sizes"])
+        self.display.note(f"resumed from {saved.path}")
+
+    def fit(self, step: Callable[[], dict[str, float]]) -> None:
+        """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""
+        if self.step == 0 and self.evaluate is not None:
+            self.run.log({"step": 0, **self.evaluate()})
+        self.display.start(self.total_steps, self.step)
+        self._clock, self._clock_tokens = time.monotonic(), self.tokens
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.step < self.total_steps:
+                self.tick(step())
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.display.stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)
+        self._signal = number
+        self.display.warn(
+            f"{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once"
+        )

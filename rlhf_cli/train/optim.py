@@ -1,0 +1,44 @@
+"""Optimisers and schedules, by the names a recipe uses. All are libraries': torch, bitsandbytes, transformers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf_cli.recipe.schema import TrainingSettings
+
+
+def make_optimizer(
+    parameters: list[tuple[str, torch.nn.Parameter]], settings: TrainingSettings, learning_rate: float
+) -> Optimizer:
+    """The optimiser over named parameters; weight decay only on matrices."""
+    groups = [
+        {"params": [p for _, p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for _, p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    adam = {"lr": learning_rate, "betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    match settings.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, **adam)  # type: ignore[arg-type]
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=learning_rate)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=learning_rate)
+        case "adamw_8bit" | "paged_adamw" | "paged_adamw_8bit":
+            import bitsandbytes.optim
+
+            kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+            return getattr(bitsandbytes.optim, kinds[settings.optimizer])(groups, **adam)
+
+
+def make_scheduler(optimizer: Optimizer, settings: TrainingSettings, steps: int) -> LRScheduler:
+    """The learning-rate schedule over `steps` steps."""
+    from transformers import get_scheduler
+
+    warmup = settings.warmup_steps if settings.warmup_steps is not None else math.ceil(settings.warmup_ratio * steps)
+    specific = {"min_lr_rate": 0.1} if settings.lr_scheduler == "cosine_with_min_lr" else None
+    return get_scheduler(settings.lr_scheduler, optimizer, warmup, steps, scheduler_specific_kwargs=specific)
