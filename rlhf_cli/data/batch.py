@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,7 +81,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved, numbers={k: v.to(device) for k, v in self.numbers.items()})
 
     def with_numbers(self, **numbers: Tensor) -> Batch:
@@ -159,8 +161,9 @@ def collate(samples: Sequence[Sample], *, packed: bool) -> Batch:
                 )  # fmt: skip
                 sequence += 1
         else:
-            for ids, scored in [(c.ids, c.scored) for c in sample.completions] or [(plain[:0].astype(int), plain[:0])]:
-                whole = np.concatenate([sample.prompt, ids]), np.concatenate([plain, scored])
+            parts = [(c.ids, c.scored) for c in sample.completions] or [(plain[:0].astype(np.int32), plain[:0])]
+            for tokens, scored in parts:
+                whole = np.concatenate([sample.prompt, tokens]), np.concatenate([plain, scored])
                 rows.append(shared if packed else rows.row(), *whole, sequence=sequence)
                 sequence += 1
         example += [b] * max(1, len(sample.completions))

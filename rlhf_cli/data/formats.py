@@ -13,18 +13,11 @@ from typing import Any, TypeAlias
 from rlhf_cli.catalog import Data
 from rlhf_cli.data import rows
 from rlhf_cli.data.examples import Comparison, Demonstration, Message, Prompt, Task, Verdict
+from rlhf_cli.data.grouping import Dropped, Scored, one_task_a_prompt, pair_by_score
 from rlhf_cli.data.rows import BadRow, Row
 from rlhf_cli.errors import DataError, did_you_mean
 
 Reader: TypeAlias = Callable[[Row, str], list[Any]]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row or an example that is left out, and why."""
-
-    reason: str
-    where: str
 
 
 Finish: TypeAlias = Callable[[list[Any]], tuple[list[Any], list[Dropped]]]
@@ -42,6 +35,13 @@ class Format:
     help: str
     finish: Mapping[Data, Finish] = field(default_factory=dict)
     """What is done with all that the reader gave, when rows belong together."""
+    optional: frozenset[str] = frozenset()
+    """Further columns that it reads where they are there."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """All columns that it reads."""
+        return self.optional.union(*self.needs)
 
     def match(self, columns: set[str]) -> frozenset[str] | None:
         """The largest of its column sets that is there, None when none is."""
@@ -75,7 +75,8 @@ def alpaca_messages(row: Row) -> tuple[Message, ...]:
 
 
 def alpaca(row: Row, where: str) -> list[Any]:
-    return [Demonstration(alpaca_messages(row), rows.filled(rows.text(row, "output"), "completion"), where)]
+    answer = Message("assistant", rows.filled(rows.text(row, "output"), "completion"))
+    return [Demonstration((*alpaca_messages(row), answer), None, where)]
 
 
 def preference(row: Row, where: str) -> list[Any]:
@@ -100,7 +101,10 @@ def implicit_prompt(row: Row, where: str) -> list[Any]:
     if len(chosen) != shared + 1 or len(rejected) != shared + 1:
         raise BadRow("chosen and rejected differ before their last turn")
     asked = rows.chat_prompt(chosen[:shared])
-    pair = [rows.filled(rows.only_answer(m[shared:], c), "completion") for m, c in ((chosen, "chosen"), (rejected, "rejected"))]
+    pair = [
+        rows.filled(rows.only_answer(m[shared:], c), "completion")
+        for m, c in ((chosen, "chosen"), (rejected, "rejected"))
+    ]
     return [_comparison(row, where, asked, *pair)]
 
 
@@ -134,53 +138,12 @@ def verdict(row: Row, where: str) -> list[Any]:
     return [Verdict(asked, completion, wanted, where)]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A completion with its score, before it is paired with others of its prompt."""
-
-    prompt: Prompt
-    completion: str
-    score: float
-    where: str
-
-
 def scored(row: Row, where: str) -> list[Any]:
     asked, (completion,) = rows.answers(row, "completion")
     score = rows.number(row, "score")
     if score is None:
         raise BadRow("no 'score'")
     return [Scored(asked, completion, score, where)]
-
-
-def pair_by_score(found: list[Scored]) -> tuple[list[Comparison], list[Dropped]]:
-    """Within each prompt the best completion against the worst, the second best against the second worst, and so on;
-    only where the scores differ. The rows left over are returned too."""
-    groups: dict[Prompt, list[Scored]] = {}
-    for one in found:
-        groups.setdefault(one.prompt, []).append(one)
-    pairs, left = [], []
-    for group in groups.values():
-        ranked = sorted(group, key=lambda s: -s.score)
-        for high, low in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
-            where = f"{high.where} with {low.where.rpartition(':')[2]}"
-            if high.score == low.score:
-                left += [Dropped("no other score at the same prompt", s.where) for s in (high, low)]
-            elif high.completion == low.completion:
-                left += [Dropped("same completion, other score", s.where) for s in (high, low)]
-            else:
-                pairs.append(
-                    Comparison(high.prompt, high.completion, low.completion, where, scores=(high.score, low.score))
-                )
-        if len(ranked) % 2:
-            left.append(Dropped("no partner to pair with", ranked[len(ranked) // 2].where))
-    return pairs, left
-
-
-def one_task_a_prompt(found: list[Task]) -> tuple[list[Task], list[Dropped]]:
-    """The first task of each prompt."""
-    first: dict[Prompt, Task] = {}
-    repeated = [Dropped("prompt seen before", t.where) for t in found if first.setdefault(t.prompt, t) is not t]
-    return list(first.values()), repeated
 
 
 # --- from one kind to another ----------------------------------------------------------------------------
@@ -226,7 +189,7 @@ def _messages(row: Row) -> tuple[Message, ...]:
 
 
 def _either(row: Row) -> Prompt:
-    return rows.prompt(row) if "prompt" in row else _prompt_part(_messages(row))
+    return _prompt_part(_messages(row)) if "messages" in row and "prompt" not in row else rows.prompt(row)
 
 
 def _needs(*sets: str) -> tuple[frozenset[str], ...]:
@@ -237,6 +200,11 @@ _PROMPT = _as_task(rows.prompt, "prompt")
 _EITHER = _as_task(_either, "prompt", "messages")
 _IMPLICIT = _as_task(lambda row: implicit_prompt(row, "")[0].prompt, "chosen", "rejected")
 
+_ALPACA = _as_task(alpaca_messages, "instruction", "input", "system", "history")
+_SCORES = frozenset({"margin", "chosen_score", "score_chosen", "rejected_score", "score_rejected"})
+_TOOLS = frozenset({"system", "tools"})
+_TURNS = _as_task(lambda row: rows.chat_prompt(rows.turns(row)), "conversations", "system", "tools")
+
 FORMATS = {
     f.name: f
     for f in (
@@ -246,19 +214,15 @@ FORMATS = {
         Format("messages", _needs("messages"), _conversation(_messages, "messages"),
                "a list of {role, content}; every assistant turn is trained"),
         Format("sharegpt", _needs("conversations"), _conversation(rows.turns, "conversations", "system", "tools"),
-               "a list of {from, value}, with optional system and tools"),
-        Format("alpaca", _needs("instruction output"),
-               {"demonstration": alpaca,
-                "task": _as_task(alpaca_messages, "instruction", "input", "system", "history")},
-               "instruction, input, output, system, history"),
+               "a list of {from, value}, with optional system and tools", optional=_TOOLS),
+        Format("alpaca", _needs("instruction output"), {"demonstration": alpaca, "task": _ALPACA},
+               "instruction, input, output, system, history", optional=frozenset({"input", "system", "history"})),
         Format("preference", _needs("prompt chosen rejected"), _pairs(preference, _PROMPT),
-               "a prompt with a chosen and a rejected completion"),
-        Format("sharegpt_preference", _needs("conversations chosen rejected"),
-               _pairs(sharegpt_preference, _as_task(lambda row: rows.chat_prompt(rows.turns(row)),
-                                                    "conversations", "system", "tools")),
-               "conversations with a chosen and a rejected {from, value}"),
+               "a prompt with a chosen and a rejected completion", optional=_SCORES),
+        Format("sharegpt_preference", _needs("conversations chosen rejected"), _pairs(sharegpt_preference, _TURNS),
+               "conversations with a chosen and a rejected {from, value}", optional=_SCORES | _TOOLS),
         Format("implicit_prompt", _needs("chosen rejected"), _pairs(implicit_prompt, _IMPLICIT),
-               "two whole conversations that differ in the last answer"),
+               "two whole conversations that differ in the last answer", optional=_SCORES),
         Format("verdict", _needs("prompt completion label", "messages label"), {"verdict": verdict, "task": _EITHER},
                "one completion with a true/false label"),
         Format("scored", _needs("prompt completion score"), {"comparison": scored, "task": _PROMPT},
@@ -282,7 +246,9 @@ def detect(columns: Iterable[str], kind: Data, where: str) -> Format:
         return FORMATS[best[0]]
     listed = ", ".join(sorted(found)) or "none"
     if best:
-        raise DataError(f"several formats fit the columns {listed}: {', '.join(best)}", where, "say which with `format:`")
+        raise DataError(
+            f"several formats fit the columns {listed}: {', '.join(best)}", where, "say which with `format:`"
+        )
     wanted = "; ".join(f"{f.name} ({' or '.join(', '.join(sorted(n)) for n in f.needs)})" for f in able(kind))
     raise DataError(f"no format that gives a {kind} fits the columns found: {listed}", where,
                     f"map them with `columns: {{ours: yours}}` to one of: {wanted}")  # fmt: skip

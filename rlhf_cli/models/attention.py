@@ -32,7 +32,9 @@ class Segments:
 
 def plan(batch: Batch) -> Segments:
     """The segments of a packed batch, in the order of the row."""
-    own, parent, masks = [], [], []
+    own: list[slice] = []
+    parent: list[slice | None] = []
+    masks: list[Tensor | None] = []
     for span in batch.spans:
         if span.end == span.start:
             continue

@@ -64,7 +64,7 @@ class Base:
     @property
     def vocabulary(self) -> int:
         """Columns of the logits."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[index]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Computation in `dtype`."""
@@ -74,7 +74,7 @@ class Base:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (C, H) -> logits (C, V) with the architecture's scale and soft-capping."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
         config = self.model.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
@@ -125,11 +125,16 @@ def load_text(settings: ModelSettings, role: str = "policy") -> Text:
     own = str(path.weights or path.name)
     tokenizer = _attempt("no usable tokenizer", own, lambda: AutoTokenizer.from_pretrained(own, **safe))
     generation = None if is_reward else _generation_config(source, safe)
-    template = load_template(tokenizer, settings.chat_template, generation)
+    template = load_template(tokenizer, settings.chat_template, _end_ids(generation))
     if not template.stop_ids:
         raise ModelError("the tokenizer has no end token, so nothing would ever stop", own,
                          "set eos_token in tokenizer_config.json")  # fmt: skip
     return Text(path, source, tokenizer, template, config, generation)
+
+
+def _end_ids(generation: GenerationConfig | None) -> list[int]:
+    ends = None if generation is None else generation.eos_token_id
+    return [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
 
 
 def _generation_config(source: str, safe: dict[str, Any]) -> GenerationConfig | None:
@@ -218,6 +223,6 @@ def _check_tensors(model: PreTrainedModel, info: dict[str, Any], source: str) ->
 
 def check_vocabulary(base: Base, text: Text) -> None:
     """ModelError when the tokenizer knows more tokens than the embedding has rows."""
-    rows = base.model.get_input_embeddings().weight.shape[0]
+    rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(text.tokenizer) > rows:
         raise ModelError(f"the tokenizer has {len(text.tokenizer)} tokens, the embedding {rows} rows", base.source)

@@ -100,9 +100,7 @@ def load_named_reference(recipe: Recipe, name: str, text: Text) -> tuple[Role, s
     other = load_text(settings)
     if other.template.digest != text.template.digest:
         raise ModelError("the reference has another tokenizer or chat template than the policy", name)
-    role = frozen_role("reference", settings, other, None)
-    role.base.packed = allows_packing(role.base) if recipe.training.layout != "padded" else False
-    return role, name
+    return frozen_role("reference", settings, other, None), name
 
 
 def _frozen_copy(base: Base) -> Base:
@@ -112,12 +110,14 @@ def _frozen_copy(base: Base) -> Base:
     return Base(model.eval(), base.source, base.fingerprint, base.device, base.dtype, base.packed)
 
 
-def scalar_head(base: Base, weight: torch.Tensor | None = None) -> nn.Linear:
-    """hidden -> one number, float32: zero, or with the given weight (1, H)."""
+def scalar_head(base: Base, weight: torch.Tensor | None = None, bias: float | None = None) -> nn.Linear:
+    """hidden -> one number, float32: zero, or with the given weight (1, H); with a bias when one is given."""
     size = base.model.config.get_text_config().hidden_size
-    head = nn.Linear(size, 1, bias=False, device=base.device, dtype=torch.float32)
+    head = nn.Linear(size, 1, bias=bias is not None, device=base.device, dtype=torch.float32)
     with torch.no_grad():
         head.weight.zero_() if weight is None else head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.fill_(bias)
     return head
 
 
@@ -131,6 +131,7 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     reward = text.path.role == "reward" or (text.config.architectures or [""])[0].endswith("ForSequenceClassification")
     if text.path.kind == "full":
         base = load_base(text.source, settings, trained=False, classifier=reward)
+        base.packed = allows_packing(base)
         disable_dropout(base)
         if not reward:
             return Role(name, base)
@@ -138,6 +139,8 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     config, tensors = adapters.read_adapter(str(text.path.weights))
     fits = shared is not None and _same_base(text, shared)
     base = shared if shared is not None and fits else load_base(text.source, settings, trained=False)
+    if base is not shared:
+        base.packed = allows_packing(base)
     check_base(text, base)
     adapters.add_adapter(base, name, config, tensors)
     disable_dropout(base)

@@ -16,7 +16,7 @@ from rlhf_cli.models.roles import Role
 def _probe(base: Base, *, packed: bool) -> Batch:
     """Two prompts with two completions each, of made-up tokens."""
     random = np.random.Generator(np.random.Philox(key=[7, 7]))
-    rows = base.model.get_input_embeddings().weight.shape[0]
+    rows = int(base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     def ids(n: int) -> np.ndarray:
         return random.integers(0, rows, n).astype(np.int32)

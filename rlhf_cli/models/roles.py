@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +72,13 @@ class Role:
         base = self.base
         if base.peft is not None and self.adapter != base.active:
             if self.adapter is None:
-                base.peft.base_model.disable_adapter_layers()
+                tuner(base).disable_adapter_layers()
             else:
-                base.peft.base_model.enable_adapter_layers()
+                tuner(base).enable_adapter_layers()
                 base.peft.set_adapter(self.adapter)
             base.active = self.adapter
         elif base.peft is not None and self.adapter is None:
-            base.peft.base_model.disable_adapter_layers()
+            tuner(base).disable_adapter_layers()
         own = {id(p) for _, p in self.parameters} if train else set()
         for parameter in base.model.parameters():
             wanted = id(parameter) in own
@@ -138,6 +139,12 @@ class Role:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+
+
+def tuner(base: Base) -> Any:
+    """peft's object that switches adapter layers."""
+    assert base.peft is not None
+    return base.peft.base_model
 
 
 def _other_heads(base: Base) -> list[nn.Parameter]:

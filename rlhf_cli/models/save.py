@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import adapters
@@ -37,23 +40,20 @@ def _write_full(role: Role, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
 
 
-class _config_dtype:
+@contextmanager
+def _config_dtype(config: Any, dtype: torch.dtype) -> Iterator[None]:
     """config.dtype is `dtype` inside."""
-
-    def __init__(self, config: object, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.config, "dtype", None)
-        self.config.dtype = self.dtype  # type: ignore[attr-defined]
-
-    def __exit__(self, *exception: object) -> None:
-        self.config.dtype = self.before  # type: ignore[attr-defined]
+    before = getattr(config, "dtype", None)
+    config.dtype = dtype
+    try:
+        yield
+    finally:
+        config.dtype = before
 
 
 def _write_text(text: Text, folder: Path) -> None:
     tokenizer = copy.deepcopy(text.tokenizer)
-    tokenizer.chat_template = text.template.chat_template
+    tokenizer.chat_template = text.template.chat
     tokenizer.save_pretrained(folder)
 
 
@@ -82,7 +82,7 @@ def save_reward(role: Role, text: Text, folder: Path) -> None:
     _write_text(text, folder)
 
 
-def classifier_config(role: Role, text: Text) -> AutoConfig:
+def classifier_config(role: Role, text: Text) -> Any:
     """The configuration of the same architecture as a classifier with one label."""
     config = copy.deepcopy(role.base.model.config)
     config.num_labels = 1

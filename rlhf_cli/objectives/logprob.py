@@ -45,8 +45,8 @@ def token_logp(
     """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
 
     At most `chunk` rows of logits (default: as many as make 64 MiB for `vocabulary` columns) are alive at a time, in
-    the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to logits
-    (bias, scale, soft-capping). The result does not depend on the chunk.
+    the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to
+    logits (bias, scale, soft-capping). The result does not depend on the chunk.
     """
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else 512

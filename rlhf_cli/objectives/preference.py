@@ -8,6 +8,7 @@ Everything is computed in float32 or better; the losses are means over the examp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -140,7 +141,8 @@ def score_offset(chosen: Tensor, rejected: Tensor, offset: str) -> Tensor:
         if bool((rejected <= 0).any()):
             raise ValueError("offset: ratio needs positive scores")
         return torch.log(chosen) - torch.log(rejected)
-    return {"log": torch.log, "log1p": torch.log1p, "identity": torch.Tensor.clone}[offset](gap)
+    shapes: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log, "log1p": torch.log1p, "identity": torch.clone}
+    return shapes[offset](gap)
 
 
 def odpo(

@@ -1,4 +1,4 @@
-"""Names that other tools use (TRL, transformers, LLaMA-Factory, Axolotl, ...) and what they are called here. No torch."""
+"""What the names of other tools (TRL, transformers, LLaMA-Factory, Axolotl and more) are called here. No torch."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from rlhf_cli.recipe.schema import RECIPES, Recipe
-from rlhf_cli.recipe.tree import Node, Path
+from rlhf_cli.recipe.tree import Node, Path, entries
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -26,15 +26,17 @@ def model_at(recipe: type[Recipe], root: Node, path: Path) -> type[BaseModel] | 
     model: type[BaseModel] | None = recipe
     node = root
     for step in path:
-        node = node.value[step]  # type: ignore[index, call-overload]
-        if isinstance(step, str):
+        if isinstance(step, int):
+            node = node.value[step] if isinstance(node.value, list) else node
+        else:
+            node = entries(node)[step]
             field = model.model_fields.get(step) if model else None
             model = _chosen(list(models_in(field.annotation)), node) if field else None
     return model
 
 
 def _chosen(models: list[type[BaseModel]], node: Node) -> type[BaseModel] | None:
-    name = node.value.get("name") if isinstance(node.value, dict) else None
+    name = entries(node).get("name")
     for model in models:
         if len(models) == 1 or (name and name.value in get_args(model.model_fields["name"].annotation)):
             return model

@@ -122,6 +122,7 @@ def _folder(name: str, path: Path, source: Literal["run", "folder"], run: dict[s
             "holds no config.json and no adapter_config.json", where=str(path), hint="give a model or a run directory"
         )
     _refuse_pickle(path)
+    base: str | None
     if adapter.is_file():
         settings = read_json(adapter)
         base = _base_of(settings, path)

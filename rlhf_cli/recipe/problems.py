@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rlhf_cli.errors import Problem, did_you_mean
 from rlhf_cli.recipe.hints import foreign_key, foreign_value
 from rlhf_cli.recipe.keys import blocks_of, known_at, stages_with
 from rlhf_cli.recipe.schema import RECIPES
-from rlhf_cli.recipe.tree import Found, Node, Path, Place, shorten
+from rlhf_cli.recipe.tree import Found, Node, Path, Place, entries, shorten
 
 LONGEST_WORD = 60
 _WANTED = {
@@ -23,6 +24,7 @@ _WANTED = {
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
     "finite_number": "a finite number",
 }
 _BOUNDS = {
@@ -65,13 +67,13 @@ def explain(errors: Iterable[Any], root: Node, stage: str) -> list[Found]:
 
 def _locate(error: Any, root: Node) -> _Complaint:
     """Follow pydantic's location through the tree; the names of union members in it lead nowhere and are skipped."""
-    node, path = root, ()
+    node = root
+    path: Path = ()
     for step in error["loc"]:
-        value = node.value
-        if isinstance(value, dict) and step in value:
-            node, path = value[step], (*path, step)
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            node, path = value[step], (*path, step)
+        items = node.value if isinstance(node.value, list) else []
+        inside = entries(node).get(step) or (items[step] if isinstance(step, int) and step < len(items) else None)
+        if inside:
+            node, path = inside, (*path, step)
     last = str(error["loc"][-1]) if error["loc"] else ""
     return _Complaint(error["type"], path, node, {**error.get("ctx", {}), "msg": error["msg"]}, last)
 
@@ -95,25 +97,24 @@ def _missing(complaint: _Complaint, root: Node) -> Found:
 def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> Found:
     """One problem for all that was said of one value: every member of a union complains for itself."""
     first = group[0]
-    bound = next((c for c in group if c.type in _BOUNDS), None)
     if first.type == "extra_forbidden":
         return _unknown_key(first, root, stage)
     if first.type == "value_error":
         return _contradiction(first)
-    if bound:
-        key, words = _BOUNDS[bound.type]
-        return _found(
-            first.node.place, first.path, f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
-        )
-    if first.type == "too_short":
-        return _found(first.node.place, first.path, "the list is empty", "give at least one")
     if first.type.startswith("union_tag"):
         return _wrong_name(first)
+    bound = next((c for c in group if c.type in _BOUNDS), None)
     wanted = [_WANTED[c.type] for c in group if c.type in _WANTED]
     choices = [choice for c in group if c.type == "literal_error" for choice in _quoted(c.context["expected"])]
-    if wanted or choices:
+    if (wanted or choices) and not bound:
         return _wrong_value(first.node, first.path, choices, wanted)
-    return _found(first.node.place, first.path, str(first.context["msg"]))
+    message, hint = str(first.context["msg"]), ""
+    if bound:
+        key, words = _BOUNDS[bound.type]
+        message = f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
+    elif first.type == "too_short":
+        message, hint = "the list is empty", "give at least one"
+    return _found(first.node.place, first.path, message, hint)
 
 
 def _quoted(text: str) -> list[str]:
@@ -121,20 +122,14 @@ def _quoted(text: str) -> list[str]:
 
 
 def _wrong_name(complaint: _Complaint) -> Found:
-    choices = _choices_of_block(complaint)
-    block = complaint.node.value
-    if isinstance(block, dict) and "name" in block:
-        return _wrong_value(block["name"], (*complaint.path, "name"), choices, [])
-    if isinstance(block, dict):
-        message = f"this key is missing: one of {', '.join(choices)}"
-        return _found(complaint.node.key_place, (*complaint.path, "name"), message)
+    """A block of the catalogue without a name, or with one that it does not know."""
+    named = entries(complaint.node).get("name")
+    choices = _quoted(complaint.context.get("expected_tags", ""))
+    if named:
+        return _wrong_value(named, (*complaint.path, "name"), choices, [] if choices else ["text"])
+    if isinstance(complaint.node.value, dict):
+        return _found(complaint.node.key_place, (*complaint.path, "name"), "this key is missing")
     return _wrong_value(complaint.node, complaint.path, [], ["a mapping"])
-
-
-def _choices_of_block(complaint: _Complaint) -> list[str]:
-    if "expected_tags" in complaint.context:
-        return _quoted(complaint.context["expected_tags"])
-    return []
 
 
 def _wrong_value(node: Node, path: Path, choices: list[str], wanted: list[str]) -> Found:
@@ -160,18 +155,22 @@ def _describe(node: Node) -> str:
 
 
 def _type_hint(node: Node, key: str, wanted: list[str]) -> str:
-    value = node.value
+    value, hint = node.value, ""
     if "a mapping" in wanted and isinstance(value, str) and key in ("objective", "kl", "advantage"):
-        return f"write `{key}: {{name: {shorten(value)}}}`"
-    if "true or false" in wanted and node.written.lower() in ("on", "off", "yes", "no", "y", "n", "0", "1"):
-        return "write true or false"
-    if "a whole number" in wanted and isinstance(value, float) and value.is_integer():
-        return f"write {int(value)}"
-    if not isinstance(value, str) or not {"a number", "a whole number"} & set(wanted):
-        return ""
-    if re.fullmatch(r"[0-9]+([_,][0-9]{3})+", value):
-        return f"write {re.sub('[_,]', '', value)}"
-    if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
+        hint = f"write `{key}: {{name: {shorten(value)}}}`"
+    elif "true or false" in wanted and node.written.lower() in ("on", "off", "yes", "no", "y", "n", "0", "1"):
+        hint = "write true or false"
+    elif "a whole number" in wanted and isinstance(value, float) and value.is_integer():
+        hint = f"write {int(value)}"
+    elif isinstance(value, str) and {"a number", "a whole number"} & set(wanted):
+        hint = _number_hint(value)
+    return hint
+
+
+def _number_hint(text: str) -> str:
+    if len(text) < LONGEST_WORD and re.fullmatch(r"[0-9]+([_,][0-9]{3})+", text):
+        return f"write {re.sub('[_,]', '', text)}"
+    if len(text) < LONGEST_WORD and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", text):
         return "without quotes it is a number"
     return ""
 
@@ -185,25 +184,32 @@ def _unknown_key(complaint: _Complaint, root: Node, stage: str) -> Found:
 
 
 def _key_hint(key: str, block: Path, root: Node, stage: str) -> str:
+    """The best guess at what was meant, from the surest kind of evidence to the weakest."""
     if len(key) > LONGEST_WORD:
         return ""
     here = ".".join(step for step in block if isinstance(step, str))
     known = known_at(RECIPES[stage], root, block)
     foreign = _foreign_hint(key, stage)
-    if foreign and foreign.startswith(f"it is called {here}."):
-        return foreign
     blocks = blocks_of(stage).get(key, ())
-    if 0 < len(blocks) <= 3:
-        return f"it belongs {' or '.join(f'under {b}' if b else 'at the top' for b in blocks)}"
-    if foreign:
-        return foreign
-    close = did_you_mean(key, known)
-    if close:
-        return close
     others = stages_with(key, here)
-    if others:
-        return f"it belongs to the command {' or '.join(others)}"
-    return f"known here: {', '.join(known)}" if known else did_you_mean(key, blocks_of(stage))
+    belongs = f"it belongs {' or '.join(f'under {b}' if b else 'at the top' for b in blocks)}"
+    guesses = (
+        foreign if foreign.startswith(f"it is called {here}.") else "",
+        belongs if 0 < len(blocks) <= 3 else "",
+        foreign,
+        did_you_mean(key, known),
+        f"it belongs to the command {' or '.join(others)}" if others else "",
+        _elsewhere(key, stage),
+        f"known here: {', '.join(known)}" if known else "",
+    )
+    return next(filter(None, guesses), "")
+
+
+def _elsewhere(key: str, stage: str) -> str:
+    blocks = blocks_of(stage)
+    close = difflib.get_close_matches(key, blocks, n=1, cutoff=0.75)
+    paths = [f"{block}.{close[0]}" for block in blocks[close[0]] if block] if close else []
+    return f"did you mean '{paths[0]}'?" if len(paths) == 1 else ""
 
 
 def _foreign_hint(key: str, stage: str) -> str:
@@ -221,15 +227,14 @@ def _contradiction(complaint: _Complaint) -> Found:
     for dotted in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message):
         node: Node | None = complaint.node
         for step in dotted.split("."):
-            node = node.value.get(step) if node and isinstance(node.value, dict) else None
+            node = entries(node).get(step)
         if node:
             return _found(node.key_place, (*complaint.path, *dotted.split(".")), message)
     return _found(complaint.node.key_place, complaint.path, message)
 
 
 def _wrong_objective(root: Node, stage: str) -> Found | None:
-    block = root.value.get("objective") if isinstance(root.value, dict) else None
-    name = block.value.get("name") if block and isinstance(block.value, dict) else None
+    name = entries(entries(root).get("objective")).get("name")
     if not name or not isinstance(name.value, str) or name.broken:
         return None
     path: Path = ("objective", "name")

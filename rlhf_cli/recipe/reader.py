@@ -1,6 +1,6 @@
 """From a recipe file and overrides to a checked recipe, and back to text. No torch.
 
-Every problem of a recipe is reported at once, in the order of the file, as `file:line:column key.path: what (what to do)`.
+Every problem of a recipe is reported at once, in the order of the file: `file:line:column key.path: what (what to do)`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pydantic import BaseModel, ValidationError
 from rlhf_cli.errors import Problem, RecipeError, did_you_mean
 from rlhf_cli.recipe.hints import foreign_value
 from rlhf_cli.recipe.keys import stages_with
+from rlhf_cli.recipe.overrides import override
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import RECIPES, Recipe
-from rlhf_cli.recipe.tree import MAX_BYTES, Found, Node, Scalar, override, parse, plain, read_scalar, shorten
+from rlhf_cli.recipe.tree import MAX_BYTES, Node, Scalar, entries, parse, plain, read_scalar, shorten
 
 MOST_PROBLEMS = 50
-_BARE = re.compile(r"[A-Za-z0-9_./+-]([A-Za-z0-9_./+ -]*[A-Za-z0-9_./+-])?")
+_BARE = re.compile(r"[A-Za-z0-9_./]([A-Za-z0-9_./+ -]*[A-Za-z0-9_./+-])?")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -> Recipe:
@@ -30,18 +31,34 @@ def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -
 
     With stage None the recipe's own `stage:` decides. Raises RecipeError with every problem found.
     """
-    root, found = parse(_read_text(path), str(path))
+    try:
+        return _read(_read_text(path), str(path), overrides, stage)
+    except RecipeError as error:
+        if len(error.problems) <= MOST_PROBLEMS:
+            raise
+        more = Problem(f"and {len(error.problems) - MOST_PROBLEMS} more problems")
+        raise RecipeError([*error.problems[:MOST_PROBLEMS], more]) from None
+
+
+def _read(text: str, path: str, overrides: Sequence[str], stage: str | None) -> Recipe:
+    root, found = parse(text, path)
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"'{shorten(root.written)}'" if root.written else "empty"
         problem = Problem(f"the recipe is {kind}", root.place.where, "it must be `key: value` lines")
         raise RecipeError([*(f.problem for f in found), problem])
     failed: list[Problem] = []
-    for number, text in enumerate(overrides):
+    for number, assignment in enumerate(overrides):
         try:
-            root = override(root, text, number)
+            root = override(root, assignment, number)
         except RecipeError as error:
             failed += error.problems
-    chosen = _stage(root, stage)
+    try:
+        chosen = _stage(root, stage)
+    except RecipeError as error:
+        raise RecipeError([*(f.problem for f in found), *failed, *error.problems]) from None
+    if stage not in (None, chosen):
+        message = f"this is a recipe for `rlhf {chosen}`, not for `rlhf {stage}`"
+        raise RecipeError(Problem(message, entries(root)["stage"].place.key(("stage",))))
     recipe = None
     try:
         recipe = RECIPES[chosen].model_validate(plain(root))
@@ -50,7 +67,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -
     found.sort(key=lambda f: (f.place.line, f.place.column))
     problems = [f.problem for f in found] + failed
     if problems or recipe is None:
-        raise RecipeError(_at_most(problems))
+        raise RecipeError(problems)
     return recipe
 
 
@@ -88,7 +105,7 @@ def _decode(raw: bytes, path: str) -> str:
 
 def _neighbour(path: Path) -> str:
     try:
-        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml") and p.name[0] != ".")
     except (OSError, ValueError):
         return f"the folder {path.parent} does not exist"
     close = did_you_mean(path.name, names)
@@ -98,19 +115,15 @@ def _neighbour(path: Path) -> str:
 
 
 def _stage(root: Node, stage: str | None) -> str:
-    """The command to check for. Raises RecipeError alone, before anything else is looked at."""
-    node = root.value.get("stage") if isinstance(root.value, dict) else None
-    choices = ", ".join(RECIPES)
+    """The command the recipe is for. Raises RecipeError when it names none; the command given only helps the hint."""
+    node = entries(root).get("stage")
     if node is None:
-        problem = Problem("this key is missing", root.place.key(("stage",)), _missing_stage(root, stage))
-        raise RecipeError(problem)
+        raise RecipeError(Problem("this key is missing", root.place.key(("stage",)), _missing_stage(root, stage)))
     written = shorten(node.written)
     if not isinstance(node.value, str) or node.value not in RECIPES:
         hint = foreign_value("stage", written) or did_you_mean(written, RECIPES)
-        raise RecipeError(Problem(f"'{written}' is not one of {choices}", node.place.key(("stage",)), hint))
-    if stage is not None and node.value != stage:
-        message = f"this is a recipe for `rlhf {node.value}`, not for `rlhf {stage}`"
-        raise RecipeError(Problem(message, node.place.key(("stage",))))
+        message = f"'{written}' is not one of {', '.join(RECIPES)}"
+        raise RecipeError([] if node.broken else [Problem(message, node.place.key(("stage",)), hint)])
     return node.value
 
 
@@ -118,15 +131,9 @@ def _missing_stage(root: Node, stage: str | None) -> str:
     """What to write; a key that only one command knows gives the recipe away."""
     if stage is not None:
         return f"write `stage: {stage}`"
-    only = [stages_with(key, "") for key in root.value if isinstance(root.value, dict)] if root.value else []
+    only = [stages_with(key, "") for key in entries(root)]
     told = next((stages[0] for stages in only if len(stages) == 1), None)
     return f"write `stage: {told}`" if told else f"write one of {', '.join(RECIPES)}"
-
-
-def _at_most(problems: list[Problem]) -> list[Problem]:
-    if len(problems) <= MOST_PROBLEMS:
-        return problems
-    return [*problems[:MOST_PROBLEMS], Problem(f"and {len(problems) - MOST_PROBLEMS} more problems")]
 
 
 # --- back to text ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "a
 
 def block(entries: Any, default: str | None = None) -> Any:
     """The type of a `{name: ..., settings...}` block that may hold any of the catalogue's entries."""
-    models: list[Any] = [
+    models = [
         create_model(f"{entry.name}_block", __base__=entry.settings, __doc__=entry.help,
                      name=(Literal[entry.name], entry.name if entry.name == default else ...))  # type: ignore[arg-type]
         for entry in entries
@@ -42,9 +42,11 @@ def block(entries: Any, default: str | None = None) -> Any:
     return Annotated[reduce(or_, models), Field(discriminator="name")]
 
 
-def _as_mapping(key: str) -> BeforeValidator:
+def _as_mapping(key: str, settings: type[Settings]) -> BeforeValidator:
     """A bare string stands for `{key: string}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | settings
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -72,7 +74,7 @@ class ModelSettings(Settings):
 class LoraSettings(Settings):
     r: Count = 16
     """Rank."""
-    alpha: Positive = 32
+    alpha: Positive = 32.0
     """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with use_rslora)."""
     dropout: Share = 0.0
     """Dropout on the adapter's input. Switched off in preference and PPO stages."""
@@ -101,8 +103,10 @@ class SourceSettings(Settings):
     """How often an epoch passes over this source: 2 twice, 0.5 a random half."""
 
 
-Source = Annotated[SourceSettings, _as_mapping("path")]
-Sources = Annotated[list[Source], BeforeValidator(_as_list), Field(min_length=1)]
+Source = Annotated[SourceSettings, _as_mapping("path", SourceSettings)]
+Sources = Annotated[
+    list[Source], BeforeValidator(_as_list, json_schema_input_type=Source | list[Source]), Field(min_length=1)
+]
 
 
 class DataSettings(Settings):
@@ -191,7 +195,7 @@ class Recipe(Settings):
 
     stage: str
     """The command this recipe is for."""
-    model: Annotated[ModelSettings, _as_mapping("name_or_path")]
+    model: Annotated[ModelSettings, _as_mapping("name_or_path", ModelSettings)]
     """The model to start from."""
     lora: LoraSettings | None = None
     """Train an adapter; null: full fine-tuning."""
@@ -345,6 +349,21 @@ class PPORecipe(Recipe):
     """The algorithm."""
     critic: CriticSettings = CriticSettings()
     """The value model."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> PPORecipe:
+        rollout, each = self.training.batch_size * self.ppo.mini_batches, self.rollout.completions_per_prompt
+        if rollout % each:
+            raise ValueError(
+                f"a rollout of training.batch_size x ppo.mini_batches = {rollout} completions cannot be shared out in "
+                f"groups of rollout.completions_per_prompt = {each}"
+            )
+        if self.rollout.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "
+                f"data.max_length = {self.data.max_length}"
+            )
+        return self
 
 
 RECIPES: dict[str, type[Recipe]] = {

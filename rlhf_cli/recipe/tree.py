@@ -1,4 +1,4 @@
-"""YAML as a tree in which every key and value knows its place, with `--set` overrides on top. No torch.
+"""YAML as a tree in which every key and value knows its place. No torch.
 
 Only parser events of a safe loader are used and nothing is ever constructed. Anchors, aliases, merge keys and tags are
 refused: a recipe says everything itself. Scalars follow the YAML 1.2 core rules: `1e-5` is a number, `on` is text.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -25,9 +25,8 @@ Scalar: TypeAlias = str | int | float | bool | None
 Path: TypeAlias = tuple[str | int, ...]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_CONSTANTS: dict[str, Scalar] = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
-    form: word == "true" for word in ("true", "false") for form in (word, word.capitalize(), word.upper())
-}
+_NULLS = ("", "~", "null", "Null", "NULL")
+_TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -66,7 +65,8 @@ class Place:
     def key(self, path: Path) -> str:
         """The place with the key path after it, as problems show it."""
         dotted = ".".join(map(str, path))
-        return f"{self.where} {dotted}" if dotted else self.where
+        said = not dotted or self.where.startswith(f"--set {dotted}=")
+        return self.where if said else f"{self.where} {dotted}"
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,17 @@ class Found:
 @dataclass(frozen=True)
 class _Reader:
     events: Iterator[Any]
-    at: Callable[[Any], Place]
+    at: Callable[[int, int], Place]
     found: list[Found]
     count: Iterator[int]
 
 
 def read_scalar(text: str) -> Scalar:
     """What a plain scalar means. Raises ValueError on numbers that no setting can hold."""
-    if text in _CONSTANTS:
-        return _CONSTANTS[text]
+    if text in _NULLS:
+        return None
+    if text in _TRUTHS:
+        return _TRUTHS[text]
     if _NOT_FINITE.fullmatch(text):
         raise ValueError(f"{text} is not a finite number")
     if not _FLOAT.fullmatch(text):
@@ -124,19 +126,20 @@ def shorten(text: str, limit: int = 60) -> str:
 def parse(text: str, file: str) -> tuple[Node, list[Found]]:
     """The tree of one YAML document, and the problems that do not stop the reading. Raises RecipeError otherwise."""
 
-    def at(mark: Any) -> Place:
-        return Place(f"{file}:{mark.line + 1}:{mark.column + 1}", mark.line + 1, mark.column + 1)
+    def at(line: int, column: int) -> Place:
+        return Place(f"{file}:{line + 1}:{column + 1}", line + 1, column + 1)
 
-    return _parse(text, at)
+    return parse_at(text, at)
 
 
-def _parse(text: str, at: Callable[[Any], Place]) -> tuple[Node, list[Found]]:
+def parse_at(text: str, at: Callable[[int, int], Place]) -> tuple[Node, list[Found]]:
+    """The same, with places of the caller's making for a line and a column that count from 0."""
     bad = _UNPRINTABLE.search(text)
     if bad:
         line_start = text.rfind("\n", 0, bad.start()) + 1
-        mark = yaml.Mark("", 0, text.count("\n", 0, bad.start()), bad.start() - line_start, None, None)
+        place = at(text.count("\n", 0, bad.start()), bad.start() - line_start)
         message = f"a control character (U+{ord(bad[0]):04X}) that no text file should hold"
-        raise RecipeError(Problem(message, at(mark).where, "delete it, or save the file as UTF-8 text"))
+        raise RecipeError(Problem(message, place.where, "delete it, or save the file as UTF-8 text"))
     found: list[Found] = []
     try:
         events = iter(yaml.parse(text, Loader=_LOADER))
@@ -144,14 +147,14 @@ def _parse(text: str, at: Callable[[Any], Place]) -> tuple[Node, list[Found]]:
         next(events)
         start = next(events)
         if isinstance(start, yaml.StreamEndEvent):
-            raise RecipeError(Problem("the recipe is empty", at(start.start_mark).where, "start with `stage: ...`"))
+            raise RecipeError(Problem("the recipe is empty", _place(start, at).where, "start with `stage: ...`"))
         root = _build(next(events), reader, ())
         next(events)
         extra = next(events)
         if not isinstance(extra, yaml.StreamEndEvent):
             message = "a second document starts here; a recipe is one document"
             hint = "delete the `---`, or make two files"
-            found.append(Found(at(extra.start_mark), Problem(message, at(extra.start_mark).where, hint)))
+            found.append(Found(_place(extra, at), Problem(message, _place(extra, at).where, hint)))
     except yaml.YAMLError as error:
         raise RecipeError([*(f.problem for f in found), _syntax_problem(error, at, text)]) from None
     except RecipeError as error:
@@ -159,10 +162,10 @@ def _parse(text: str, at: Callable[[Any], Place]) -> tuple[Node, list[Found]]:
     return root, found
 
 
-def _syntax_problem(error: yaml.YAMLError, at: Callable[[Any], Place], text: str) -> Problem:
+def _syntax_problem(error: Any, at: Callable[[int, int], Place], text: str) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     said = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read")
-    where = at(mark or yaml.Mark("", 0, 0, 0, None, None)).where
+    where = at(mark.line, mark.column).where if mark else at(0, 0).where
     opened = getattr(error, "context_mark", None)
     if "cannot start any token" in said and mark:
         line = text.splitlines()[mark.line : mark.line + 1]
@@ -176,15 +179,19 @@ def _syntax_problem(error: yaml.YAMLError, at: Callable[[Any], Place], text: str
     return Problem(f"this is not YAML: {said}", where)
 
 
+def _place(event: Any, at: Callable[[int, int], Place]) -> Place:
+    return at(event.start_mark.line, event.start_mark.column)
+
+
 def _build(event: Any, reader: _Reader, path: Path) -> Node:
-    place = reader.at(event.start_mark)
+    place = _place(event, reader.at)
     if next(reader.count) >= MAX_VALUES:
         raise RecipeError(Problem(f"more than {MAX_VALUES} values; this is no recipe", place.where))
     if isinstance(event, yaml.AliasEvent):
-        _refuse(reader, f"the alias *{shorten(event.anchor)}", place, path)
+        _refuse(reader, f"the alias *{shorten(str(event.anchor))}", place, path)
         return Node(None, place, place, broken=True)
     if event.anchor:
-        _refuse(reader, f"the anchor &{shorten(event.anchor)}", place, path)
+        _refuse(reader, f"the anchor &{shorten(str(event.anchor))}", place, path)
     if event.tag:
         _refuse(reader, f"the tag {shorten(event.tag.replace('tag:yaml.org,2002:', '!!'))}", place, path)
     if isinstance(event, yaml.ScalarEvent):
@@ -222,7 +229,7 @@ def _items(reader: _Reader, path: Path) -> list[Node]:
 
 
 def _entries(reader: _Reader, path: Path) -> dict[str, Node]:
-    entries: dict[str, Node] = {}
+    known: dict[str, Node] = {}
     while not isinstance(event := next(reader.events), yaml.MappingEndEvent):
         before = len(reader.found)
         key = _build(event, reader, path)
@@ -233,69 +240,21 @@ def _entries(reader: _Reader, path: Path) -> dict[str, Node]:
             wrong = Problem("a key must be one word", key.place.key(path), "write `key: value`")
         elif name == "<<" and event.implicit[0]:
             wrong = Problem("the merge key << is refused", key.place.key(path), WRITE_OUT)
-        elif name in entries:
-            first = entries[name].key_place
+        elif name in known:
+            first = known[name].key_place
             message = f"the key is given twice, first on line {first.line}"
             wrong = Problem(message, key.place.key((*path, name)), "keep one of them")
         if wrong:
             del reader.found[before:]
             reader.found.append(Found(key.place, wrong))
         else:
-            entries[name] = replace(value, key_place=key.place)
-    return entries
+            known[name] = replace(value, key_place=key.place)
+    return known
 
 
-# --- overrides -------------------------------------------------------------------------------------------
-
-
-def override(root: Node, text: str, number: int) -> Node:
-    """The tree with `key.path=value` put into it. Raises RecipeError when that cannot be done.
-
-    A value that starts with a bracket, brace or quote is flow YAML; anything else is one plain scalar as it stands, so
-    that `:`, `#`, `@` and `*` in paths need no care.
-    """
-    place = Place(f"--set {shorten(text)}", 2**31 + number, 0)
-    path, equals, written = text.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-        raise RecipeError(Problem("this is not an override", place.where, "write key.path=value"))
-    try:
-        new = _value(written.strip(), place)
-        return _put(root, keys, replace(new, place=place, key_place=place), ())
-    except ValueError as error:
-        raise RecipeError(Problem(str(error), place.where)) from None
-
-
-def _value(written: str, place: Place) -> Node:
-    if "\0" in written or any("\ud800" <= c <= "\udfff" for c in written):
-        raise ValueError("the value is not UTF-8 text")
-    if written[:1] not in ("[", "{", '"', "'"):
-        return Node(read_scalar(written), place, place, written=written)
-    node, found = _parse(written, lambda mark: place)
-    if found:
-        raise RecipeError([replace(f.problem, where=place.where) for f in found])
-    return node
-
-
-def _put(node: Node | None, keys: Sequence[str], new: Node, walked: tuple[str, ...]) -> Node:
-    if not keys:
-        return new
-    head, rest, here = keys[0], keys[1:], ".".join(walked)
-    if node is None or node.value is None:
-        node = Node({}, new.place, new.place)
-    if isinstance(node.value, dict):
-        child = _put(node.value.get(head), rest, new, (*walked, head))
-        return replace(node, value={**node.value, head: child})
-    if not isinstance(node.value, list):
-        raise ValueError(
-            f"{here} is the value {shorten(node.written)!r} and has no key '{head}'; set {here} as a whole"
-        )
-    if not re.fullmatch(r"[0-9]{1,9}", head) or int(head) >= len(node.value):
-        count = len(node.value)
-        raise ValueError(f"{here} is a list of {count}; write a number from 0 to {count - 1}, not '{head}'")
-    index = int(head)
-    items = [_put(item, rest, new, (*walked, head)) if i == index else item for i, item in enumerate(node.value)]
-    return replace(node, value=items)
+def entries(node: Node | None) -> dict[str, Node]:
+    """Keys and values of a mapping; empty for anything else."""
+    return node.value if node and isinstance(node.value, dict) else {}
 
 
 def plain(node: Node) -> Any:

@@ -147,6 +147,6 @@ def _named(path: Path, checkpoint: Path, wanted: Identity) -> Path:
     return checkpoint
 
 
-def unchanged(before: Decision, now: Decision) -> bool:
-    """Whether a decision still stands after the lock was taken; archiving makes the directory fresh."""
-    return replace(before, archive=False) == replace(now, archive=False)
+def stands(before: Decision, now: Decision) -> bool:
+    """Whether a decision still holds once the lock is taken and, if it said so, the old run is archived."""
+    return replace(before, archive=False) == now

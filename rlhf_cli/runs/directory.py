@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from rlhf_cli.errors import ModelError, RlhfError
+from rlhf_cli.errors import ModelError
 from rlhf_cli.recipe.lineage import differences
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs import lock, manifest, provenance, trackers
-from rlhf_cli.runs.decide import Decision, Identity, decide, identify, refuse_inputs_inside, unchanged
-from rlhf_cli.runs.files import discard, disk_error, remove_quietly, remove_temporaries, sync_tree, writable
+from rlhf_cli.runs.decide import Decision, Identity, decide, identify, refuse_inputs_inside, stands
+from rlhf_cli.runs.files import (
+    discard,
+    disk_error,
+    remove_quietly,
+    remove_temporaries,
+    sync_folder,
+    sync_tree,
+    writable,
+)
 from rlhf_cli.runs.files import write_atomic as write
-from rlhf_cli.runs.metrics import HINT, Lines, plain
+from rlhf_cli.runs.metrics import HINT, Lines, plain, read_lines
 
 SCHEMA = 1
 _ATTEMPT = ("DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "report.html", "final")
@@ -37,7 +45,6 @@ class Run:
         self._decision = decision
         self._lock = -1
         self._made: list[Path] = []
-        self._step = 0
         self._lines = {name: Lines(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")}
 
     @classmethod
@@ -101,6 +108,7 @@ class Run:
                 self._abandon_later()
             if (self.path / "DONE").exists():
                 discard(self.path / "DONE")
+                sync_folder(self.path)
         except BaseException as error:
             self._undo(archived)
             if isinstance(error, OSError):
@@ -108,9 +116,8 @@ class Run:
             raise
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append the metrics of a step, `step` among them, to metrics.jsonl. Raises ModelError when the disk refuses."""
-        self._step = metrics["step"]
-        self._lines["metrics.jsonl"].append(metrics)
+        """Append the metrics of a step, `step` among them, to metrics.jsonl. Raises ModelError when it cannot."""
+        self._lines["metrics.jsonl"].append({"step": metrics["step"], **metrics})
 
     def sample(self, record: dict[str, Any]) -> None:
         """Append {step, prompt, completion, score?} to samples.jsonl. Raises ModelError when the disk refuses."""
@@ -146,7 +153,7 @@ class Run:
             raise disk_error(error, "cannot be brought to the disk", self.final, HINT) from error
         done = {
             "digest": self.identity.digest,
-            "step": metrics.get("step", self._step),
+            "step": metrics["step"] if "step" in metrics else self._last_step(),
             "max_steps": self.identity.max_steps,
             "finished": provenance.now(),
             "metrics": metrics,
@@ -168,6 +175,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _last_step(self) -> int:
+        rows = read_lines(self.path / "metrics.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
 
     def _put(self, name: str, value: dict[str, Any]) -> None:
         try:
@@ -201,7 +212,7 @@ class Run:
             except FileExistsError:
                 continue
         self._lock = lock.take(self.path)
-        if not unchanged(self._decision, decide(self.path, self.identity, self._resume)):
+        if not stands(self._decision, decide(self.path, self.identity, self._resume)):
             raise ModelError("another process has changed this run meanwhile", str(self.path), "give the command again")
 
     def _clean(self) -> None:
@@ -275,7 +286,7 @@ class Run:
                 remove_quietly(path)
         self.close()
         for path in self._made:
-            if path.is_dir() and not any(path.iterdir()):
+            with suppress(OSError):
                 path.rmdir()
         self._made.clear()
         if archived is not None and not self.path.exists():

@@ -156,7 +156,7 @@ def _refused(place: Path) -> str:
 
 def disk_error(error: OSError, doing: str, path: Path, hint: str) -> ModelError:
     """A failed disk operation in the user's words."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason = error.strerror or str(error)
     return ModelError(f"{doing}: {reason}", where=str(error.filename or path), hint=hint)
 
 

@@ -12,6 +12,17 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.runs.files import disk_error
 
 NAME = ".lock"
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked child must not keep the lock of a parent that is gone."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def take(folder: Path) -> int:
@@ -28,11 +39,14 @@ def take(folder: Path) -> int:
             if _is(handle, path):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+                _held.add(handle)
                 return handle
         except BlockingIOError:
             holder = os.pread(handle, 300, 0).decode(errors="replace").split()
             os.close(handle)
-            raise ModelError(_taken(holder), where=str(folder), hint="one run per directory: wait, or stop it") from None
+            raise ModelError(
+                _taken(holder), where=str(folder), hint="one run per directory: wait, or stop it"
+            ) from None
         except OSError as error:
             os.close(handle)
             raise disk_error(error, "cannot lock", path, "choose an output_dir on a local disk") from error
@@ -44,7 +58,9 @@ def free(handle: int, folder: Path) -> None:
     with suppress(OSError):
         if _is(handle, folder / NAME):
             os.unlink(folder / NAME)
-    os.close(handle)
+    if handle in _held:
+        _held.remove(handle)
+        os.close(handle)
 
 
 def _is(handle: int, path: Path) -> bool:

@@ -81,12 +81,10 @@ def fault(path: Path, name: str = "", content: bool = True) -> str:
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        if _text(manifest) != text or not isinstance(manifest, dict):
+        if _text(manifest) != text:
             return f"{MANIFEST} is damaged"
-        if manifest.get("format") != FORMAT:
-            return f"{MANIFEST} has format {manifest.get('format')}, this program reads {FORMAT}"
-        if manifest["name"] != name:
-            return f"{MANIFEST} belongs to {manifest['name']}"
+        if manifest["format"] != FORMAT or manifest["name"] != name:
+            return f"{MANIFEST} is of {manifest['name']}, format {manifest['format']}; wanted {name}, format {FORMAT}"
         return _compare(path, manifest["files"], content)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -60,7 +60,7 @@ class Lines:
         self._handle = -1
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one object; floats keep every digit. Raises ModelError when the disk refuses, TypeError for other types."""
+        """Add one object; floats keep every digit. Raises ModelError when the disk refuses."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             if self._handle < 0:

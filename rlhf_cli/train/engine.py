@@ -232,10 +232,10 @@ class Engine:
         rows = ", ".join(where[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
         raise DivergedError(
             f"{name} is {value} at step {self.step + 1}; the step was not applied; rows: {rows}", str(self.run.path),
-            f"last whole checkpoint: {saved.path if saved else 'none'}; lower training.learning_rate or look at the rows",
+            f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate or look at the rows",
         )  # fmt: skip
 
-    # --- what surrounds a step -------------------------------------------------------------------------------------------
+    # --- what surrounds a step ---------------------------------------------------------------------------------------
 
     def tick(self, metrics: dict[str, float]) -> None:
         """A step is over: schedules, evaluation, log, checkpoint, and obedience to a stop signal."""

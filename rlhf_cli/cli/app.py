@@ -1,0 +1,270 @@
+"""The command line. Stage commands come from the catalogue; nothing here imports torch before a recipe was accepted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_cli.catalog import STAGES
+from rlhf_cli.cli import tools
+from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
+
+BROKEN_PIPE = 141
+HINT_FULL = "free some space, then run the same command again to resume"
+HINT_MEMORY = "lower data.max_length or training.micro_batch_tokens, or set model.quantization: nf4 with lora"
+
+app = typer.Typer(
+    name="rlhf",
+    help="Align a language model on your own GPU: SFT, reward models, PPO and the DPO family from YAML recipes.",
+    epilog="A recipe says everything; `rlhf schema` prints what it may hold, `rlhf list` the objectives.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Bare = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, the same as --set.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value. Repeatable.")
+]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", metavar="DIR", help="The run directory.")]
+Resume = Annotated[str, typer.Option(metavar="auto|never|PATH", help="What to do with an earlier run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Decides data order, initial weights and sampling.")]
+ReportTo = Annotated[list[str] | None, typer.Option("--report-to", metavar="NAME", help="A tracker. Repeatable.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def say(text: str) -> None:
+    """A line on stderr, whatever becomes of it."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    """Data on stdout; ends the program quietly when nobody reads it."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        tools.silence_stdout()
+        raise typer.Exit(BROKEN_PIPE) from None
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+def _add_stage(name: str, help: str) -> None:
+    """Add the command that trains with that stage's code."""
+
+    def command(
+        recipe: RecipeFile,
+        bare: Bare = None,
+        sets: Sets = None,
+        output_dir: OutputDir = None,
+        resume: Resume = "auto",
+        dry_run: DryRun = False,
+        max_steps: MaxSteps = None,
+        seed: Seed = None,
+        report_to: ReportTo = None,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+        debug: Debug = False,
+    ) -> None:
+        overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, max_steps, seed, report_to)]
+        if quiet and verbose:
+            raise RecipeError("--quiet and --verbose exclude each other", "command line")
+        _train(name, recipe, overrides, resume, dry_run, debug, quiet, verbose)
+
+    app.command(name, help=f"{help}.", no_args_is_help=False)(command)
+
+
+def _shorthands(
+    output_dir: str | None, max_steps: int | None, seed: int | None, report_to: list[str] | None
+) -> list[str]:
+    """Options that are overrides of the recipe under a shorter name."""
+    from rlhf_cli.recipe.reader import quote
+
+    return [
+        *([f"output_dir={quote(output_dir)}"] if output_dir is not None else []),
+        *([f"training.max_steps={max_steps}"] if max_steps is not None else []),
+        *([f"seed={seed}"] if seed is not None else []),
+        *([f"logging.report_to=[{', '.join(map(quote, report_to))}]"] if report_to else []),
+    ]
+
+
+def _train(
+    stage: str, path: str, overrides: list[str], resume: str, dry_run: bool, debug: bool, quiet: bool, verbose: bool
+) -> None:
+    """Read the recipe, open the run directory, hand over to the stage."""
+    from rlhf_cli.cli.view import make_display
+    from rlhf_cli.recipe.reader import read_recipe
+    from rlhf_cli.runs.directory import Run
+    from rlhf_cli.runs.options import Options
+
+    recipe = read_recipe(path, overrides, stage)
+    display = make_display(quiet, verbose)
+    run = Run.open(recipe, shlex.join(["rlhf", *sys.argv[1:]]), resume)
+    try:
+        if run.status == "done":
+            display.note(f"{run.path}: up to date")
+            return
+        STAGES[stage].load()(recipe, run, display, Options(resume, dry_run, debug))
+    except RlhfError:
+        raise
+    except Exception:
+        _trace_to_log(run.path)
+        raise
+    finally:
+        display.stop()
+        run.close()
+
+
+def _trace_to_log(path: Path) -> None:
+    """The traceback goes into the log of the run that was under way, if there is one."""
+    if (path / "run.json").is_file():
+        with suppress(OSError), (path / "run.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(traceback.format_exc())
+
+
+for _stage in STAGES.values():
+    _add_stage(_stage.name, _stage.help)
+
+
+# --- tools -----------------------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        emit(f"rlhf {version('rlhf-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    sets: Sets = None,
+    debug: Debug = False,
+) -> None:
+    """Check recipes and their data; no model is loaded."""
+    errors: list[RlhfError] = []
+    for path in recipes:
+        try:
+            say(tools.check_one(path, sets or [], shlex.join(["rlhf", *sys.argv[1:]])))
+        except RlhfError as error:
+            errors.append(error)
+    if errors:
+        raise tools.together(errors)
+
+
+@app.command()
+def schema(
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="A command; default: all.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    emit(tools.schema_text(stage))
+
+
+@app.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show commands, objectives, estimators and controllers with their settings."""
+    if as_json:
+        emit(json.dumps(tools.catalogue(), indent=2, ensure_ascii=False))
+        return
+    for line in tools.catalogue_lines():
+        say(line)
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Show versions and devices."""
+    for line in tools.environment_lines():
+        say(line)
+
+
+# --- the way out -----------------------------------------------------------------------------------------
+
+_CLICK_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main() -> None:
+    """The console script: run the command line and exit with the code of CONTRACT section 2."""
+    sys.exit(run_command_line(sys.argv[1:]))
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run one command line and report every error on stderr. Returns the exit code."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("rlhf", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        return _report(error, "--debug" in arguments)
+    return 0
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    known: RlhfError | None
+    if debug:
+        say("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, _CLICK_ERROR):
+        known = _usage(error)
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        say("error: interrupted")
+        return 130
+    else:
+        known = error if isinstance(error, RlhfError) else _hardware(error)
+    if known is None:
+        kind = " ".join(f"{type(error).__name__}: {error}".split())
+        known = RlhfError(Problem(f"{kind}; this is a bug of rlhf", hint="run again with --debug for the traceback"))
+    for problem in known.problems:
+        say(f"error: {problem}")
+    return known.exit_code
+
+
+def _usage(error: Any) -> RecipeError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "rlhf"
+    return RecipeError(Problem(error.format_message(), path, f"{path} --help shows the usage"))
+
+
+def _hardware(error: BaseException) -> RlhfError | None:
+    """Memory or disk that ran out, reported as such; None for anything else."""
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if isinstance(error, MemoryError) or on_device or "can't allocate memory" in str(error):
+        return ModelError(f"out of memory: {error}".removesuffix(": "), hint=HINT_MEMORY)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ModelError(f"the disk is full: {error}", hint=HINT_FULL)
+    return None

@@ -1,0 +1,138 @@
+"""Text to token ids, piece by piece, so that the pieces of a text join to what the whole text would give.
+
+Some tokenizers put a space before every text they are given. That is right at the start of a text and wrong in its
+middle, where a completion goes on after its prompt; `Encoder` keeps a second copy of the tokenizer without that space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer's own copy, free of state that others may change."""
+
+    whole: Any
+    """`tokenizers.Tokenizer` for the start of a text."""
+    rest: Any
+    """The same without a space put in front."""
+    each_section: bool
+    """Whether the space also comes after every added token, not only at the start."""
+    added: frozenset[int]
+    """Ids of all added tokens."""
+    control: dict[str, int]
+    """Spelling and id of the tokens that text must never turn into: the special ones."""
+    first: tuple[int, ...]
+    """What the tokenizer puts before a text: mostly one BOS, or nothing."""
+
+    def ids(self, text: str, before: Sequence[int] = ()) -> list[int]:
+        """Ids of a piece of text that comes after the tokens `before`. Spelled-out added tokens are recognised."""
+        return self._encode(text, before, literal=False)
+
+    def literal(self, text: str, before: Sequence[int] = ()) -> list[int]:
+        """The same, but special tokens spelled out in the text are taken as text."""
+        ids = self._encode(text, before, literal=True)
+        if not self.forbidden(ids):
+            return ids
+        # The vocabulary holds the spelling as an ordinary word: break it after its first character.
+        out: list[int] = []
+        for piece in re.split(f"({self.pattern})", text):
+            for part in (piece[:1], piece[1:]) if piece in self.control else (piece,):
+                out += self._encode(part, [*before, *out], literal=True) if part else []
+        return out
+
+    def forbidden(self, ids: Sequence[int]) -> bool:
+        """Whether a control token is among the ids."""
+        return not set(self.control.values()).isdisjoint(ids)
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression for the spellings of the control tokens, longest first."""
+        return "|".join(re.escape(s) for s in sorted(self.control, key=len, reverse=True)) or r"(?!)"
+
+    def _encode(self, text: str, before: Sequence[int], literal: bool) -> list[int]:
+        whole = _run(self.whole, text, literal)
+        if self.rest is self.whole or len(before) == 0 or tuple(before) == self.first:
+            return whole
+        rest = _run(self.rest, text, literal)
+        if before[-1] in self.added:
+            return whole if self.each_section else rest
+        return rest[: self._first_added(rest)] + whole[self._first_added(whole) :]
+
+    def _first_added(self, ids: list[int]) -> int:
+        return next((i for i, token in enumerate(ids) if token in self.added), len(ids))
+
+
+def _run(backend: Any, text: str, literal: bool) -> list[int]:
+    backend.encode_special_tokens = literal
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def load_encoder(tokenizer: Any, end_texts: Sequence[str] = ()) -> tuple[Encoder, str]:
+    """The encoder of a Hugging Face tokenizer, and a digest of everything that decides its ids. Added tokens in
+    `end_texts` count as special even where the tokenizer does not mark them so.
+
+    Raises ModelError for a tokenizer that is not backed by the `tokenizers` library.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError("the tokenizer has no tokenizer.json (it is not a fast tokenizer)",
+                         hint="convert it once with transformers and save it")  # fmt: skip
+    state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    digest = hashlib.sha256(json.dumps([state, tokenizer.special_tokens_map], sort_keys=True, default=str).encode())
+    named = {v for v in tokenizer.special_tokens_map.values() if isinstance(v, str)} | set(end_texts)
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in named
+    whole = Tokenizer.from_str(json.dumps(state))
+    schemes: set[str] = set()
+    bare = state | {k: _without_prefix(state.get(k), schemes) for k in ("normalizer", "pre_tokenizer")}
+    rest = Tokenizer.from_str(json.dumps(bare)) if schemes else whole
+    control = {t["content"]: t["id"] for t in state["added_tokens"] if t["special"] and t["content"]}
+    if tokenizer.unk_token not in (tokenizer.bos_token, tokenizer.eos_token):
+        control.pop(tokenizer.unk_token, None)
+    return Encoder(
+        whole=whole,
+        rest=rest,
+        each_section=schemes != {"first"},
+        added=frozenset(t["id"] for t in state["added_tokens"]),
+        control=control,
+        first=_put_first(whole),
+    ), digest.hexdigest()
+
+
+def _put_first(backend: Any) -> tuple[int, ...]:
+    """The ids that come before a text when special tokens are asked for."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    return tuple(full[:at])
+
+
+def _without_prefix(part: Any, schemes: set[str]) -> Any:
+    """A normalizer or pre-tokenizer without the step that puts a space first; `schemes` learns which were found."""
+    if part is None:
+        return None
+    part = dict(part)
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            part[key] = [p for p in (_without_prefix(q, schemes) for q in part[key]) if p is not None]
+    if part["type"] == "Prepend":
+        schemes.add("always")
+        return None
+    if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+        schemes.add(part.get("prepend_scheme", "always"))
+        part |= {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+        schemes.add("always")
+        part |= {"add_prefix_space": False}
+    return part

@@ -1,0 +1,278 @@
+"""The data gate: every row of every source is read, checked and reported before anything else happens."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf_cli.catalog import OBJECTIVES, Data
+from rlhf_cli.data import formats, sources
+from rlhf_cli.data.examples import Comparison, Example
+from rlhf_cli.data.formats import Format
+from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.report import DataReport, SourceReport, joined_words, shared_prompts, tally, token_report
+from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.template import Template
+from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
+from rlhf_cli.errors import DataError, Problem, did_you_mean
+from rlhf_cli.recipe.schema import DataSettings, Recipe, SFTDataSettings, SourceSettings
+
+OnBadRow = Literal["error", "drop"]
+LISTED = 20
+"""How many bad rows an error names."""
+LOOKED_AT = 16
+"""How many rows decide the format of a source."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a split, in the order of their sources."""
+
+    items: list[Example]
+    source: np.ndarray
+    """Source of each example: (len(items),) int32."""
+    weights: list[float]
+    """Weight of each source; not applied yet."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a stage needs of its data. Samples and examples of a split go by the same index."""
+
+    train: list[Sample]
+    source: np.ndarray
+    """Source of each train sample: (len(train),) int32."""
+    weights: list[float]
+    """How often an epoch passes over each source."""
+    eval: list[Sample] | None
+    examples_train: list[Example]
+    examples_eval: list[Example] | None
+    report: DataReport
+
+
+def load_examples(
+    settings: Sequence[SourceSettings],
+    kind: Data,
+    on_bad_row: OnBadRow = "error",
+    needs_scores: bool = False,
+    split: str = "train",
+) -> tuple[Examples, DataReport]:
+    """All examples of some sources.
+
+    `needs_scores`: a comparison without two scores, or with scores that contradict it, is a bad row. Raises DataError
+    for what cannot be read, for bad rows unless they are to be dropped, and when a source has no usable row.
+    """
+    read = [_read(one, kind, needs_scores, split) for one in settings]
+    if on_bad_row == "error":
+        _refuse([d for one in read for d in one.bad])
+    for one in read:
+        if not one.items:
+            raise DataError(_nothing(one), one.report.path)
+    items = [item for one in read for item in one.items]
+    source = np.repeat(np.arange(len(read), dtype=np.int32), [len(one.items) for one in read])
+    return (
+        Examples(items, source, [s.weight for s in settings]),
+        DataReport(tuple(one.report for one in read), warnings=tuple(joined_words(items, split))),
+    )
+
+
+def prepare(
+    data: DataSettings, kind: Data, template: Template, needs_scores: bool = False, max_length: int | None = None
+) -> Prepared:
+    """Train and eval data as samples. `max_length` stands for `data.max_length` (for tasks: the longest prompt).
+
+    Raises DataError as `load_examples` does, and when no sample of a split is left after truncation.
+    """
+    limit = data.max_length if max_length is None else max_length
+    splits = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
+    loaded = {split: load_examples(s, kind, data.on_bad_row, needs_scores, split) for split, s in splits.items()}
+    on_prompt = isinstance(data, SFTDataSettings) and data.train_on_prompt
+    made = {
+        split: tokenize(examples.items, template, limit, data.truncation, on_prompt)
+        for split, (examples, _) in loaded.items()
+    }
+    for split, tokens in made.items():
+        if not tokens.samples:
+            reasons = "; ".join(str(r) for r in tally(_cut(loaded[split][0], tokens)))
+            raise DataError(
+                f"no {split} example is left: {reasons}", f"data.max_length {limit}", "raise data.max_length"
+            )
+    kept = {split: [loaded[split][0].items[i] for i in tokens.kept] for split, tokens in made.items()}
+    return Prepared(
+        train=made["train"].samples,
+        source=loaded["train"][0].source[made["train"].kept],
+        weights=loaded["train"][0].weights,
+        eval=made["eval"].samples if "eval" in made else None,
+        examples_train=kept["train"],
+        examples_eval=kept.get("eval"),
+        report=_report(loaded, made, kept, template),
+    )
+
+
+def check_data(recipe: Recipe) -> list[str]:
+    """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as `prepare` does."""
+    kind, scores = data_needs(recipe)
+    splits = {"train": recipe.data.train} | ({"eval": recipe.data.eval} if recipe.data.eval else {})
+    loaded = {s: load_examples(v, kind, recipe.data.on_bad_row, scores, s) for s, v in splits.items()}
+    items = {split: examples.items for split, (examples, _) in loaded.items()}
+    lines = _merged([report for _, report in loaded.values()], items).lines()
+    return [*lines, "lengths not checked: tokens are counted when the stage starts (try --dry-run)"]
+
+
+def data_needs(recipe: Recipe) -> tuple[Data, bool]:
+    """The kind of example a recipe trains on, and whether each needs scores."""
+    block: Any = getattr(recipe, "objective", None)
+    if block is None:
+        return "task", False
+    objective = OBJECTIVES[block.name]
+    return objective.data, "scores" in objective.needs
+
+
+# --- one source ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    items: list[Example]
+    bad: list[Dropped]
+    report: SourceReport
+
+
+def _read(settings: SourceSettings, kind: Data, needs_scores: bool, split: str) -> _Read:
+    rows = sources.read(settings)
+    head = list(itertools.islice(rows, LOOKED_AT))
+    if not head:
+        raise DataError("holds no rows", settings.path)
+    columns = list(dict.fromkeys(c for _, row in head for c in row))
+    _check_columns(settings, columns)
+    chosen = (
+        formats.detect(columns, kind, settings.path)
+        if settings.format == "auto"
+        else formats.named(settings.format, kind, settings.path)
+    )
+    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind)
+    items, left = chosen.finish[kind](items) if kind in chosen.finish else (items, [])
+    if needs_scores:
+        items, unscored = _with_scores(items)
+        bad += unscored
+    report = SourceReport(
+        split=split,
+        path=settings.path,
+        format=chosen.name,
+        detected=settings.format == "auto",
+        rows=count,
+        examples=len(items),
+        kept=len(items),
+        weight=settings.weight,
+        unused=() if kind == "task" else tuple(c for c in columns if c not in chosen.reads),
+        digest=digest(items),
+        dropped=tally(bad + left),
+    )
+    return _Read(items, bad, report)
+
+
+def _check_columns(settings: SourceSettings, columns: list[str]) -> None:
+    for ours, theirs in settings.columns.items():
+        if ours not in columns:
+            there = [settings.columns.get(c, c) for c in columns]
+            raise DataError(
+                f"no column '{theirs}' (wanted as {ours}); found: {', '.join(sorted(there)) or 'none'}",
+                settings.path,
+                did_you_mean(theirs, there) or "correct data.*.columns",
+            )
+
+
+def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tuple[list[Any], list[Dropped], int]:
+    """What the format's reader gives, the rows it refuses, and the number of rows."""
+    items: list[Any] = []
+    bad: list[Dropped] = []
+    count, read = 0, chosen.gives[kind]
+    for where, row in rows:
+        count += 1
+        try:
+            items += read(row, where)
+        except BadRow as error:
+            bad.append(Dropped(str(error), where))
+    return items, bad, count
+
+
+def _with_scores(items: list[Example]) -> tuple[list[Example], list[Dropped]]:
+    """The comparisons whose scores are there and agree with their labels, and the others."""
+    good: list[Example] = []
+    bad: list[Dropped] = []
+    for item in items:
+        scores = item.scores if isinstance(item, Comparison) else None
+        if scores is None:
+            bad.append(Dropped("no scores of chosen and rejected (chosen_score, rejected_score)", item.where))
+        elif scores[0] < scores[1]:
+            bad.append(Dropped("labels contradict scores: chosen has the lower one", item.where))
+        else:
+            good.append(item)
+    return good, bad
+
+
+def digest(items: Sequence[Example]) -> str:
+    """SHA-256 of the content of some examples; where they came from does not matter."""
+    state = hashlib.sha256()
+    for item in items:
+        state.update(repr(replace(item, where="")).encode("utf-8", "backslashreplace"))
+    return state.hexdigest()
+
+
+def _refuse(bad: list[Dropped]) -> None:
+    if not bad:
+        return
+    problems = [Problem(d.reason, d.where) for d in bad[:LISTED]]
+    more = len(bad) - LISTED
+    text = f"and {more} more bad rows" if more > 0 else f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} in all"
+    raise DataError([*problems, Problem(text, hint="correct them, or set data.on_bad_row: drop to leave them out")])
+
+
+def _nothing(one: _Read) -> str:
+    reasons = "; ".join(str(r) for r in one.report.dropped)
+    return f"none of its {one.report.rows} rows can be used: {reasons}"
+
+
+# --- the report ------------------------------------------------------------------------------------------
+
+
+def _cut(examples: Examples, tokens: Tokenized, source: int | None = None) -> list[Dropped]:
+    """What tokenising left out, of one source or of all."""
+    return [
+        Dropped(reason, examples.items[i].where)
+        for i, reason in tokens.dropped
+        if source is None or examples.source[i] == source
+    ]
+
+
+def _report(
+    loaded: dict[str, tuple[Examples, DataReport]],
+    made: dict[str, Tokenized],
+    kept: dict[str, list[Example]],
+    template: Template,
+) -> DataReport:
+    reports = []
+    for split, (examples, report) in loaded.items():
+        counted = []
+        for index, one in enumerate(report.sources):
+            cut = _cut(examples, made[split], index)
+            counted.append(replace(one, kept=one.kept - len(cut), dropped=one.dropped + tally(cut)))
+        tokens = token_report(split, made[split].samples, template.stop_ids, made[split].shortened)
+        reports.append(replace(report, sources=tuple(counted), tokens=(tokens,)))
+    return _merged(reports, kept)
+
+
+def _merged(reports: list[DataReport], items: dict[str, list[Example]]) -> DataReport:
+    """The reports of the splits as one, with the prompts that both have."""
+    shared = [] if "eval" not in items else shared_prompts(items["train"], items["eval"])
+    return DataReport(
+        sources=tuple(s for r in reports for s in r.sources),
+        tokens=tuple(t for r in reports for t in r.tokens),
+        duplicates=next(iter(tally(shared)), None),
+        warnings=tuple(w for r in reports for w in r.warnings),
+    )

@@ -1,0 +1,203 @@
+"""What became of the data: rows read, kept and dropped, and token statistics. For data-report.json and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.data.examples import Comparison, Demonstration, Example, Task
+from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.tokens import Sample
+
+NAMED = 50
+"""How many places are listed for each reason; the counts are always exact."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why rows were left out."""
+
+    reason: str
+    count: int
+    where: tuple[str, ...]
+    """The first of them, as `file:line`."""
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > 3 else ""
+        return f"{self.reason}: {self.count} ({', '.join(self.where[:3])}{more})"
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source of a split."""
+
+    split: str
+    """train or eval"""
+    path: str
+    format: str
+    detected: bool
+    """Whether the format was found by the columns."""
+    rows: int
+    """Rows read."""
+    examples: int
+    """Examples made from them, before any was dropped for its length."""
+    kept: int
+    """Examples in use."""
+    weight: float
+    unused: tuple[str, ...]
+    """Columns that the format does not read."""
+    digest: str
+    """SHA-256 of the examples."""
+    dropped: tuple[Reason, ...] = ()
+
+    def line(self) -> str:
+        """One line for people."""
+        found = " (detected)" if self.detected else ""
+        text = f"{self.split} {self.path}: format {self.format}{found}, {self.rows} rows, {self.kept} examples kept"
+        if self.unused:
+            text += f", columns not used: {', '.join(self.unused)}"
+        return "; ".join([text, *(f"dropped, {reason}" for reason in self.dropped)])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Lengths in tokens."""
+
+    min: int
+    mean: float
+    p95: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}/{self.mean:.1f}/{self.p95}/{self.max}"
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """The samples of a split."""
+
+    split: str
+    samples: int
+    prompt: Spread
+    completion: Spread | None
+    """None for tasks, which have no completions."""
+    total: int
+    """Tokens, each prompt counted once."""
+    scored: int
+    ended: float | None
+    """Share of the completions whose end token is scored."""
+    shortened: int
+    """Samples that were cut to max_length."""
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"{self.split}: {self.samples} samples, tokens min/mean/p95/max: prompt {self.prompt}"]
+        if self.completion is not None and self.ended is not None:
+            parts += [f"completion {self.completion}", f"{self.total} in all, {self.scored} scored"]
+            parts += [f"end token scored in {100 * self.ended:.1f} % of completions"]
+        if self.shortened:
+            parts.append(f"{self.shortened} cut to max_length")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """All sources and splits."""
+
+    sources: tuple[SourceReport, ...]
+    tokens: tuple[TokenReport, ...] = ()
+    duplicates: Reason | None = None
+    """Eval prompts that are train prompts too; they are kept."""
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Short lines for people, warnings last."""
+        lines = [s.line() for s in self.sources] + [t.line() for t in self.tokens]
+        return lines + [f"warning: {w}" for w in self.all_warnings()]
+
+    def all_warnings(self) -> list[str]:
+        """What a user should look at."""
+        found = list(self.warnings)
+        if self.duplicates is not None:
+            found.append(f"eval prompts that are also train prompts (kept), {self.duplicates}")
+        for report in self.tokens:
+            if report.ended is not None and report.ended < 0.5:
+                found.append(
+                    f"{report.split}: the end token is scored in only {100 * report.ended:.1f} % of the completions; "
+                    "the model will not learn to stop (raise data.max_length or use truncation: drop)"
+                )
+        return found
+
+
+def tally(dropped: Iterable[Dropped]) -> tuple[Reason, ...]:
+    """Counts by reason, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for one in dropped:
+        groups.setdefault(one.reason, []).append(one.where)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return tuple(Reason(reason, len(where), tuple(where[:NAMED])) for reason, where in ordered)
+
+
+def spread(lengths: Sequence[int]) -> Spread:
+    """Minimum, mean, 95th percentile (a length that occurs) and maximum."""
+    values = np.asarray(lengths)
+    p95 = np.percentile(values, 95, method="inverted_cdf")
+    return Spread(int(values.min()), float(values.mean()), int(p95), int(values.max()))
+
+
+def token_report(split: str, samples: Sequence[Sample], stop_ids: Sequence[int], shortened: int) -> TokenReport:
+    """Statistics of a split that is not empty."""
+    completions = [c for s in samples for c in s.completions]
+    ended = [bool(c.scored[-1]) and int(c.ids[-1]) in stop_ids for c in completions]
+    return TokenReport(
+        split=split,
+        samples=len(samples),
+        prompt=spread([len(s.prompt) for s in samples]),
+        completion=spread([len(c.ids) for c in completions]) if completions else None,
+        total=sum(len(s.prompt) for s in samples) + sum(len(c.ids) for c in completions),
+        scored=sum(int(c.scored.sum()) for c in completions),
+        ended=sum(ended) / len(ended) if ended else None,
+        shortened=shortened,
+    )
+
+
+def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[Dropped]:
+    """The held-out examples whose prompt is a train prompt too."""
+    seen = {prompt_of(item) for item in train}
+    return [Dropped("same prompt", item.where) for item in held_out if prompt_of(item) in seen]
+
+
+def prompt_of(item: Example) -> Any:
+    """What an example asks: its prompt, a conversation without its last answer, or a plain text itself."""
+    if not isinstance(item, Demonstration):
+        return item.prompt
+    if isinstance(item.prompt, tuple):
+        return item.prompt[:-1] if item.completion is None else item.prompt
+    return item.prompt or item.completion
+
+
+def joined_words(items: Sequence[Example], split: str) -> list[str]:
+    """A warning when most completions begin right at the last letter of their prompt."""
+    pairs = [(i.prompt, first_completion(i)) for i in items if isinstance(i.prompt, str)]
+    ends = [(p[-1], c[0]) for p, c in pairs if p and c]
+    joined = sum(a.isalnum() and b.isalnum() for a, b in ends)
+    if not ends or joined < len(ends) / 2:
+        return []
+    return [
+        f"{split}: {joined} of {len(ends)} completions begin right at the last letter of their prompt; "
+        "text is joined as it stands, so end prompts or begin completions with a space"
+    ]
+
+
+def first_completion(item: Example) -> str:
+    """The completion of an example, the chosen one of two; empty when there is none."""
+    if isinstance(item, Comparison):
+        return item.chosen
+    return "" if isinstance(item, Task) else item.completion or ""

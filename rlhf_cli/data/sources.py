@@ -1,0 +1,207 @@
+"""Raw rows from files, folders and hub data sets, streamed, each with the place it came from."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from rlhf_cli.errors import DataError, did_you_mean
+from rlhf_cli.recipe.schema import SourceSettings
+
+Located: TypeAlias = tuple[str, dict[str, Any]]
+"""`file:line` (or `file:row N`, counted from 1) and the row."""
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+BOM = b"\xef\xbb\xbf"
+
+
+def read(source: SourceSettings) -> Iterator[Located]:
+    """The rows of a source, its columns renamed, at most `limit` of them.
+
+    Raises DataError for a missing file, broken JSON, a row that is not an object, a cut gzip file or text that is not
+    UTF-8; it names the file and the line.
+    """
+    rows = itertools.islice(_open(source), source.limit)
+    return _rename(rows, source) if source.columns else rows
+
+
+def _open(source: SourceSettings) -> Iterator[Located]:
+    path = Path(source.path)
+    if path.is_dir():
+        files = sorted(
+            f for f in path.iterdir() if f.is_file() and not f.name.startswith(".") and suffix(f) is not None
+        )
+        if not files:
+            raise DataError("the folder has no data file", source.path, f"known kinds: {', '.join(SUFFIXES)}")
+        return itertools.chain.from_iterable(_file(f) for f in files)
+    if path.exists():
+        return _file(path)
+    if looks_like_hub_id(source.path):
+        return _hub(source)
+    raise DataError("file not found", source.path, _sibling(path))
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """`org/name`, not spelled like a data file, and no local folder is called `org`."""
+    return HUB_ID.fullmatch(path) is not None and suffix(Path(path)) is None and not Path(path).parent.is_dir()
+
+
+def suffix(path: Path) -> str | None:
+    """The known ending of a file name, the longest first; None for other files."""
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
+
+
+def _sibling(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir()))
+
+
+def _rename(rows: Iterable[Located], source: SourceSettings) -> Iterator[Located]:
+    yours = set(source.columns.values())
+    for where, row in rows:
+        renamed = {k: v for k, v in row.items() if k not in yours}
+        renamed.update({ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row})
+        yield where, renamed
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> Iterator[Located]:
+    ending = suffix(path)
+    if ending is None:
+        raise DataError("not a kind of data file", str(path), f"known kinds: {', '.join(SUFFIXES)}")
+    return READERS[ending.removesuffix(".gz")](path)
+
+
+@contextmanager
+def _bytes(path: Path) -> Iterator[BinaryIO]:
+    """The file opened for reading, unpacked when it is gzip; what goes wrong while reading becomes a DataError."""
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+            yield stream  # type: ignore[misc]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"the gzip file is cut or damaged: {error}", str(path), "make or fetch it again") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", str(path)) from None
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}", where, "save the file as UTF-8"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, with `file:line`; lines end at LF only, a CR before it is dropped."""
+    with _bytes(path) as stream:
+        for count, line in enumerate(stream, start=1):
+            where = f"{path}:{count}"
+            content = _text(line.removeprefix(BOM) if count == 1 else line, where).rstrip("\r\n")
+            if content.strip():
+                yield where, content
+
+
+def _txt(path: Path) -> Iterator[Located]:
+    return ((where, {"text": line}) for where, line in _lines(path))
+
+
+def _jsonl(path: Path) -> Iterator[Located]:
+    for where, line in _lines(path):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not JSON: {error.msg} at column {error.colno}", where, _json_hint(path, line)) from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"not readable JSON: {_short(error)}", where) from None
+        yield where, _object(value, where)
+
+
+def _json_hint(path: Path, line: str) -> str:
+    if line.strip() == "{" and suffix(path) in (".json", ".json.gz"):
+        return "a .json file is one array of rows, or one row a line"
+    return "each line must be one whole JSON object"
+
+
+def _json(path: Path) -> Iterator[Located]:
+    """An array of objects; a file that does not begin with `[` is read as one object a line."""
+    with _bytes(path) as stream:
+        first = stream.read(4096).removeprefix(BOM).lstrip()[:1]
+        if first == b"[":
+            stream.seek(0)
+            data = stream.read().removeprefix(BOM)
+    if first != b"[":
+        yield from _jsonl(path)
+        return
+    try:
+        values = json.loads(_text(data, str(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error.msg}", f"{path}:{error.lineno}:{error.colno}") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"not readable JSON: {_short(error)}", str(path)) from None
+    for count, value in enumerate(values, start=1):
+        where = f"{path}:row {count}"
+        yield where, _object(value, where)
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"a row must be an object with named columns, this is {json.dumps(value)[:40]}", where)
+    return value
+
+
+def _parquet(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            for count, row in enumerate(itertools.chain.from_iterable(batches), start=1):
+                yield f"{path}:row {count}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"not a readable Parquet file: {_short(error)}", str(path)) from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".txt": _txt,
+    ".parquet": _parquet,
+}
+
+
+# --- the hub ---------------------------------------------------------------------------------------------
+
+
+def _hub(source: SourceSettings) -> Iterator[Located]:
+    """Rows of a hub data set through the `datasets` library, which caches it; needs the network the first time."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:
+        raise DataError(
+            f"neither a file here nor a hub data set that can be loaded: {_short(error)}",
+            source.path,
+            "check the name, data.*.name and data.*.split, and the network",
+        ) from None
+    return ((f"{source.path}:row {count}", dict(row)) for count, row in enumerate(table, start=1))

@@ -1,0 +1,297 @@
+"""Prompts, completions and conversations to token ids: one rendering for every stage and for generation.
+
+A prompt is tokenised by itself and its completion by itself, as the text that goes on after it. So what generation is
+given is, token for token, what training saw. Of a conversation the text of every assistant turn and its end token are
+scored; headers, other turns and what a template writes after the end token are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+from rlhf_cli.data.encoder import Encoder, load_encoder
+from rlhf_cli.data.examples import Message, Prompt
+from rlhf_cli.errors import DataError, ModelError, RecipeError, did_you_mean
+
+Ids: TypeAlias = Sequence[int] | np.ndarray
+
+NO_TEMPLATE = "the tokenizer has no chat template, and the data are chat messages"
+NO_TEMPLATE_HINT = "give model.chat_template, or use prompt/completion text"
+FIXED_DATE = datetime(2024, 7, 26)
+"""What a template that asks for today's date is told, so that the same recipe gives the same tokens on every day."""
+MARK = "\U000ffffd"
+PRIVATE = range(0xF0000, 0xFFFFD)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer with its chat template."""
+
+    tokenizer: Any
+    encoder: Encoder
+    chat: str | None
+    """The Jinja text."""
+    end_text: str
+    """The token that ends an assistant turn, as text; empty when the template writes none."""
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    """Where generation stops: the end tokens of tokenizer and generation config, and of the template."""
+    digest: str
+    """SHA-256 of template and tokenizer."""
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """Id of `end_text`."""
+        return self.encoder.whole.token_to_id(self.end_text) if self.end_text else None
+
+    def prompt_ids(self, prompt: Prompt, where: str = "") -> list[int]:
+        """What comes before a completion: BOS if the tokenizer adds one, then the text or the rendered messages with
+        the assistant's header."""
+        if isinstance(prompt, str):
+            return [*self.encoder.first, *(self.encoder.literal(prompt, self.encoder.first) if prompt else [])]
+        protected, hidden = self._protect(prompt)
+        text = self._render(protected, True, where)
+        starts = {i: self._render(protected[:i], True, where) for i in _answers(prompt)}
+        return self._joined(
+            text, {i: len(s) for i, s in starts.items() if text.startswith(s)}, protected, hidden, where
+        )[0]
+
+    def completion_ids(self, prompt: Prompt, completion: str, where: str = "") -> tuple[list[int], list[bool]]:
+        """A completion after its prompt, end token included; all of it scored."""
+        if isinstance(prompt, str):
+            ids = [*self.encoder.literal(completion, self._before(prompt)), self.eos_id]
+            return ids, [True] * len(ids)
+        protected, hidden = self._protect((*prompt, Message("assistant", completion)))
+        start, whole = (self._render(protected[:-1], True, where), self._render(protected, False, where))
+        turn = _after(whole, start, where)
+        ids, scored = self._turn(turn, protected[-1].content, True, hidden, self._before(prompt, where), where)
+        length = sum(scored)
+        return ids[:length], scored[:length]
+
+    def conversation(self, messages: Sequence[Message], where: str = "") -> tuple[list[int], list[bool]]:
+        """A whole conversation, every assistant turn and its end token scored."""
+        protected, hidden = self._protect(messages)
+        whole = self._render(protected, False, where)
+        starts = {i: self._render(protected[:i], True, where) for i in _answers(messages)}
+        cuts = {i: len(whole) - len(_after(whole, start, where)) for i, start in starts.items()}
+        return self._joined(whole, cuts, protected, hidden, where)
+
+    def header_length(self, prompt: Prompt, where: str = "") -> int:
+        """How many tokens at the end of `prompt_ids(prompt)` follow the content of the last message: what the template
+        writes before a completion."""
+        if isinstance(prompt, str):
+            return 0
+        protected, hidden = self._protect(prompt)
+        text = self._render(protected, True, where)
+        found = [(at, c) for c in _forms(protected[-1].content) if (at := text.rfind(c)) >= 0]
+        if not found:
+            return len(self.prompt_ids(prompt, where))
+        at, content = found[0]
+        return len(self._encode(text[at + len(content) :], hidden, self._encode(text[: at + len(content)], hidden, ())))
+
+    def first_length(self, ids: Ids) -> int:
+        """How many of a prompt's first tokens are BOS."""
+        first = len(self.encoder.first)
+        return first or int(len(ids) > 0 and int(ids[0]) == self.tokenizer.bos_token_id)
+
+    def decode(self, ids: Ids, skip_special: bool = True, after: Ids = ()) -> str:
+        """Ids as text. `after` are the ids before them: some tokenizers drop the first space of a text, which matters
+        when the ids are a completion."""
+        head = self._text(after, skip_special)
+        text = self._text([*after, *ids], skip_special)
+        return text.removeprefix(head) if text.startswith(head) else self._text(ids, skip_special)
+
+    def _text(self, ids: Ids, skip_special: bool) -> str:
+        numbers = [int(i) for i in ids]
+        return self.tokenizer.decode(
+            numbers, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )  # fmt: skip
+
+    def _render(self, messages: Sequence[Message], ask: bool, where: str) -> str:
+        if self.chat is None:
+            raise DataError(NO_TEMPLATE, where, NO_TEMPLATE_HINT)
+        try:
+            return render(self.tokenizer, self.chat, messages, ask)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses these messages: {error}", where) from None
+
+    def _before(self, prompt: Prompt, where: str = "") -> list[int]:
+        """The prompt's ids where they decide how a completion begins; most tokenizers do not look at them."""
+        return [] if self.encoder.rest is self.encoder.whole else self.prompt_ids(prompt, where)
+
+    def _joined(
+        self, text: str, cuts: dict[int, int], messages: Sequence[Message], hidden: dict[str, str], where: str
+    ) -> tuple[list[int], list[bool]]:
+        """A rendered conversation, cut where answers begin (`cuts`: message -> offset), with what is scored."""
+        ends = [*cuts.values(), len(text)]
+        ids = self._with_first(self._encode(text[: ends[0]], hidden, ()))
+        scored = [False] * len(ids)
+        for (i, start), end in zip(cuts.items(), ends[1:], strict=True):
+            last = i == len(messages) - 1
+            more, mask = self._turn(text[start:end], messages[i].content, last, hidden, ids, where)
+            ids, scored = ids + more, scored + mask
+        return ids, scored
+
+    def _with_first(self, ids: list[int]) -> list[int]:
+        first = list(self.encoder.first)
+        return ids if ids[: len(first)] == first else first + ids
+
+    def _protect(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Messages with each special token that is spelled out in a content replaced by a private character, and the
+        table to undo it."""
+        spelled = sorted({s for m in messages for s in re.findall(self.encoder.pattern, m.content)})
+        if not spelled:
+            return list(messages), {}
+        used = {c for m in messages for c in m.content}
+        free = (chr(c) for c in PRIVATE if chr(c) not in used)
+        mark = dict(zip(spelled, free, strict=False))
+        changed = [
+            Message(m.role, re.sub(self.encoder.pattern, lambda found: mark[found[0]], m.content)) for m in messages
+        ]
+        return changed, {v: k for k, v in mark.items()}
+
+    def _encode(self, text: str, hidden: dict[str, str], before: Sequence[int]) -> list[int]:
+        if not hidden:
+            return self.encoder.ids(text, before)
+        out = list(before)
+        for piece in re.split(f"([{''.join(hidden)}])", text):
+            if piece:
+                out += self.encoder.literal(hidden[piece], out) if piece in hidden else self.encoder.ids(piece, out)
+        return out[len(before) :]
+
+    def _turn(
+        self, text: str, content: str, last: bool, hidden: dict[str, str], before: Sequence[int], where: str
+    ) -> tuple[list[int], list[bool]]:
+        """From the first character of an assistant turn on: scored up to its end token. A last turn without an end
+        token gets EOS."""
+        ids = self._encode(text, hidden, before)
+        written = [c for c in _forms(content) if c in text]
+        if self.end_id in ids and (not written or any(self._ends(text, c) for c in written)):
+            length = ids.index(self.end_id) + 1
+            return ids, [i < length for i in range(len(ids))]
+        if not written:
+            raise DataError("the chat template changes the text of an assistant turn", where,
+                            "it must write the content as it is, or stripped")  # fmt: skip
+        stop = (text.rfind(written[0]) if last else text.find(written[0])) + len(written[0])
+        ids = self._encode(text[:stop], hidden, before)
+        if last:
+            return [*ids, self.eos_id], [True] * (len(ids) + 1)
+        more = self._encode(text[stop:], hidden, [*before, *ids])
+        return ids + more, [True] * len(ids) + [False] * len(more)
+
+    def _ends(self, text: str, content: str) -> bool:
+        """Whether the end token follows the content. A template may write one for other turns only."""
+        return re.search(re.escape(content) + r"\s*" + re.escape(self.end_text), text) is not None
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """Where the assistant speaks."""
+    return [i for i, m in enumerate(messages) if m.role == "assistant"]
+
+
+def _forms(content: str) -> list[str]:
+    """How a template may write a content: as it is, or stripped."""
+    return [c for c in (content, content.rstrip(), content.lstrip(), content.strip()) if c]
+
+
+def _after(whole: str, start: str, where: str) -> str:
+    if not whole.startswith(start):
+        raise DataError(
+            "the chat template renders the messages before an answer differently once the answer is there, "
+            "so training would not see what generation sees", where, "give another model.chat_template"
+        )  # fmt: skip
+    return whole[len(start) :]
+
+
+def render(tokenizer: Any, chat: str, messages: Sequence[Message], ask: bool) -> str:
+    """The text of a conversation; `ask`: with the header of the assistant's next turn."""
+    return tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in messages],
+        chat_template=_dated(chat),
+        add_generation_prompt=ask,
+        tokenize=False,
+    )
+
+
+@lru_cache
+def _dated(chat: str) -> str:
+    """The template with calls for today's date answered by FIXED_DATE."""
+    call = r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)"""
+    return re.sub(call, lambda found: repr(FIXED_DATE.strftime(found[2])), chat)
+
+
+def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Sequence[int] = ()) -> Template:
+    """The template of a tokenizer; `chat_template` (a file or the Jinja text) instead of the tokenizer's own; `eos_ids`
+    are the end tokens of the generation config.
+
+    Raises RecipeError for a missing file or broken Jinja in `chat_template`, ModelError for a tokenizer without an end
+    token or with a broken template.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end token (eos_token)", hint="set eos_token in tokenizer_config.json")
+    chat = _own(tokenizer) if chat_template is None else _given(chat_template)
+    end_text = ""
+    if chat is not None:
+        try:
+            end_text = _end_text(tokenizer, chat)
+        except TemplateSyntaxError as error:
+            kind = ModelError if chat_template is None else RecipeError
+            raise kind(f"the chat template is not valid Jinja: {error}", "model.chat_template") from None
+    encoder, digest = load_encoder(tokenizer, [end_text] if end_text else [])
+    ends = [tokenizer.eos_token_id, *eos_ids] + ([encoder.whole.token_to_id(end_text)] if end_text else [])
+    return Template(
+        tokenizer=tokenizer,
+        encoder=encoder,
+        chat=chat,
+        end_text=end_text,
+        eos_id=tokenizer.eos_token_id,
+        stop_ids=tuple(dict.fromkeys(int(i) for i in ends)),
+        digest=_digest(chat, digest),
+    )
+
+
+def _digest(chat: str | None, tokenizer: str) -> str:
+    return hashlib.sha256(f"{tokenizer}\n{chat}".encode()).hexdigest()
+
+
+def _own(tokenizer: Any) -> str | None:
+    """The tokenizer's template; the one called default when it has several."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def _given(chat_template: str) -> str:
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    near = did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+    raise RecipeError(f"no such file: {chat_template}", "model.chat_template", near or "give a file or Jinja text")
+
+
+def _end_text(tokenizer: Any, chat: str) -> str:
+    """The first added token that the template writes after an assistant's content; empty when there is none, or when
+    it refuses a plain dialogue."""
+    for start in ([], [Message("system", "s")]):
+        messages = [*start, Message("user", "q"), Message("assistant", MARK)]
+        try:
+            tail = render(tokenizer, chat, messages, False).rpartition(MARK)[2]
+        except TemplateSyntaxError:
+            raise
+        except TemplateError:
+            continue
+        tokens = [t.content for t in tokenizer.added_tokens_decoder.values()]
+        found = [(at, -len(t), t) for t in tokens if t and (at := tail.find(t)) >= 0]
+        return min(found)[2] if found else ""
+    return ""

@@ -1,0 +1,208 @@
+"""Examples to samples: token ids of a prompt and its completions, cut or dropped where they are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf_cli.data.examples import Comparison, Demonstration, Example, Task, Verdict
+from rlhf_cli.data.template import Template
+from rlhf_cli.errors import DataError
+
+Truncation = Literal["drop", "left", "right"]
+
+TOO_LONG = "longer than max_length"
+NOTHING_LEFT = "nothing left to train on after truncation"
+CUT_ALIKE = "chosen and rejected are the same after truncation"
+ALIKE = "chosen and rejected have the same tokens"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt."""
+
+    ids: np.ndarray  # (L,) int32
+    scored: np.ndarray  # (L,) bool, tokens an objective counts, the end token included
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenised example. The first token of a completion is predicted from the last of the prompt, so a prompt holds
+    at least one token when a completion is there."""
+
+    prompt: np.ndarray  # (P,) int32
+    completions: tuple[Completion, ...]
+    """None for a task, one for a demonstration or verdict, chosen and rejected for a comparison."""
+    numbers: dict[str, float]
+    """`margin`, and `chosen_score` and `rejected_score` when known; `desirable` (1 or 0)."""
+    where: str
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What became of a list of examples."""
+
+    samples: list[Sample]
+    kept: np.ndarray
+    """Index of each sample's example: (len(samples),) int64."""
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+    """Index of each example left out, and the reason."""
+    shortened: int = 0
+    """How many of the samples were cut."""
+
+
+class _TooLong(Exception):
+    """Why a sample cannot be cut to size."""
+
+
+def tokenize(
+    examples: Sequence[Example],
+    template: Template,
+    max_length: int,
+    truncation: Truncation = "drop",
+    train_on_prompt: bool = False,
+) -> Tokenized:
+    """Examples as samples of at most `max_length` tokens (prompt and longest completion together).
+
+    `drop` leaves longer ones out. `left` cuts tokens off the start of the prompt, after BOS; the template's header
+    before the completion stays. `right` cuts the end of the completions. Raises DataError, with the row, when the chat
+    template refuses a conversation or there is none.
+    """
+    samples, kept, dropped, shortened = [], [], [], 0
+    for index, example in enumerate(examples):
+        sample = to_sample(example, template)
+        fits = length(sample) <= max_length
+        try:
+            sample = sample if fits else _cut(sample, example, template, max_length, truncation)
+            _check_pair(sample, fits)
+        except _TooLong as reason:
+            dropped.append((index, str(reason)))
+            continue
+        samples.append(score_all(sample) if train_on_prompt else sample)
+        kept.append(index)
+        shortened += not fits
+    return Tokenized(samples, np.array(kept, dtype=np.int64), dropped, shortened)
+
+
+def length(sample: Sample) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(sample.prompt) + max((len(c.ids) for c in sample.completions), default=0)
+
+
+@singledispatch
+def to_sample(example: Any, template: Template) -> Sample:
+    """One example as token ids, whole."""
+    raise TypeError(f"no such kind of example: {type(example).__name__}")
+
+
+@to_sample.register
+def _demonstration(example: Demonstration, template: Template) -> Sample:
+    if example.completion is None:
+        assert isinstance(example.prompt, tuple)
+        ids, scored = template.conversation(example.prompt, example.where)
+    else:
+        ids = template.prompt_ids(example.prompt, example.where)
+        completion, mask = template.completion_ids(example.prompt, example.completion, example.where)
+        ids, scored = ids + completion, [False] * len(ids) + mask
+    scored[0] = False  # nothing predicts the first token
+    if not any(scored):
+        raise DataError("no token can be trained on", example.where)
+    first, end = scored.index(True), len(scored) - scored[::-1].index(True)
+    return Sample(_ids(ids[:first]), (_completion(ids[first:end], scored[first:end]),), {}, example.where)
+
+
+@to_sample.register
+def _comparison(example: Comparison, template: Template) -> Sample:
+    numbers = {"margin": example.margin}
+    if example.scores is not None:
+        numbers |= {"chosen_score": example.scores[0], "rejected_score": example.scores[1]}
+    return _answered(example, (example.chosen, example.rejected), numbers, template)
+
+
+@to_sample.register
+def _verdict(example: Verdict, template: Template) -> Sample:
+    return _answered(example, (example.completion,), {"desirable": float(example.desirable)}, template)
+
+
+@to_sample.register
+def _task(example: Task, template: Template) -> Sample:
+    return _answered(example, (), {}, template)
+
+
+def _answered(
+    example: Comparison | Verdict | Task, completions: tuple[str, ...], numbers: dict[str, float], template: Template
+) -> Sample:
+    made = (_completion(*template.completion_ids(example.prompt, c, example.where)) for c in completions)
+    return Sample(_ids(template.prompt_ids(example.prompt, example.where)), tuple(made), numbers, example.where)
+
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
+
+
+def _completion(ids: Sequence[int], scored: Sequence[bool]) -> Completion:
+    return Completion(_ids(ids), np.array(scored, dtype=bool))
+
+
+def score_all(sample: Sample) -> Sample:
+    """The same tokens, each but the first scored, in one completion."""
+    ids = np.concatenate([sample.prompt, sample.completions[0].ids])
+    return Sample(ids[:1], (Completion(ids[1:], np.ones(len(ids) - 1, dtype=bool)),), sample.numbers, sample.where)
+
+
+# --- truncation ------------------------------------------------------------------------------------------
+
+
+def _cut(sample: Sample, example: Example, template: Template, max_length: int, truncation: Truncation) -> Sample:
+    """The sample cut to `max_length`. Raises _TooLong when that leaves nothing."""
+    return CUTS[truncation](sample, example, template, max_length)
+
+
+def _drop(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
+    raise _TooLong(TOO_LONG)
+
+
+def _left(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
+    first = template.first_length(sample.prompt)
+    header = _header(sample, example, template)
+    surplus = length(sample) - max_length
+    removable = len(sample.prompt) - first - header
+    # A prompt without BOS and header keeps one token: it predicts the completion.
+    if surplus > removable - (first + header == 0):
+        raise _TooLong(TOO_LONG)
+    prompt = np.concatenate([sample.prompt[:first], sample.prompt[first + surplus :]])
+    return Sample(prompt, sample.completions, sample.numbers, sample.where)
+
+
+def _header(sample: Sample, example: Example, template: Template) -> int:
+    """Tokens at the end of the sample's prompt that must stay."""
+    if isinstance(example.prompt, str):
+        return 0
+    prompt = example.prompt
+    if isinstance(example, Demonstration) and example.completion is None:
+        prompt = prompt[: next(i for i, m in enumerate(prompt) if m.role == "assistant")]
+    return min(len(sample.prompt), template.header_length(prompt, example.where))
+
+
+def _right(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
+    room = max(0, max_length - len(sample.prompt))
+    cut = tuple(Completion(c.ids[:room], c.scored[:room]) for c in sample.completions)
+    if not cut or not all(c.scored.any() for c in cut):
+        raise _TooLong(NOTHING_LEFT if cut else TOO_LONG)
+    return Sample(sample.prompt, cut, sample.numbers, sample.where)
+
+
+CUTS: dict[Truncation, Callable[[Sample, Example, Template, int], Sample]] = {
+    "drop": _drop,
+    "left": _left,
+    "right": _right,
+}
+
+
+def _check_pair(sample: Sample, whole: bool) -> None:
+    if len(sample.completions) == 2 and np.array_equal(sample.completions[0].ids, sample.completions[1].ids):
+        raise _TooLong(ALIKE if whole else CUT_ALIKE)

@@ -1,0 +1,163 @@
+"""Curves of a run as SVG that takes its colours from the page around it. matplotlib is imported on use."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.runs.metrics import number
+
+_INK = "#010203"
+_HUES = ("#0b0101", "#0b0102", "#0b0103", "#0b0104", "#0b0105", "#0b0106")
+"""Stand-ins that become CSS variables, so that one picture serves the light and the dark page."""
+_CROWDED = 200
+"""From so many points on, a curve is shown thin with its moving average over it."""
+_HELD_OUT = re.compile(r"eval[/_](.+)")
+_SUBJECTS: tuple[tuple[str, str], ...] = (
+    ("Loss", r"loss(/.*)?"),
+    ("Rewards", r"rewards/(?!accuracies).*"),
+    ("Accuracy", r"(rewards/accurac.*|accuracy|.*/accuracy)"),
+    ("Score", r"objective/(scores|rlhf_reward|non_score_reward)|score.*"),
+    ("KL", r"(.*/)?kl(_.*)?|policy/approxkl"),
+    ("Entropy", r"(.*/)?entropy"),
+    ("Log-probabilities", r"logps/.*"),
+    ("Policy update", r"policy/.*"),
+    ("Critic", r"val/.*"),
+    ("Completions", r"completions/.*"),
+    ("Learning rate", r"(.*[/_])?learning_rate"),
+    ("Gradient norm", r"(.*[/_])?grad_norm"),
+    ("Tokens per second", r"tokens_per_second"),
+)
+_COUNTERS = {"step", "epoch", "num_tokens", "episode"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over the steps at which it was logged."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    """NaN and infinities as they were logged."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it was measured on held-out data."""
+        return _HELD_OUT.fullmatch(self.name) is not None
+
+    @property
+    def wild(self) -> tuple[int, ...]:
+        """Steps at which the value was not finite."""
+        return tuple(s for s, v in zip(self.steps, self.values, strict=True) if not math.isfinite(v))
+
+
+def curves(rows: Iterable[dict[str, object]]) -> list[Curve]:
+    """The curves in the lines of metrics.jsonl, in order of first appearance; counters and words are left out."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        step = number(row.get("step"))
+        for name, value in row.items():
+            amount = number(value)
+            if step is not None and amount is not None and name not in _COUNTERS:
+                found.setdefault(name, []).append((int(step), amount))
+    return [Curve(name, tuple(s for s, _ in points), tuple(v for _, v in points)) for name, points in found.items()]
+
+
+def grouped(found: Sequence[Curve], most: int = len(_HUES)) -> list[tuple[str, list[Curve]]]:
+    """The curves by subject, held-out ones beside their training twins; a panel holds at most `most` of them."""
+    panels: dict[str, list[Curve]] = {}
+    for curve in found:
+        match = _HELD_OUT.fullmatch(curve.name)
+        plain = match[1] if match else curve.name
+        subject = next((title for title, pattern in _SUBJECTS if re.fullmatch(pattern, plain)), plain.split("/")[0])
+        panels.setdefault(subject, []).append(curve)
+    order = [title for title, _ in _SUBJECTS]
+    titles = sorted(panels, key=lambda t: (order.index(t) if t in order else len(order), t))
+    result = []
+    for title in titles:
+        members = panels[title]
+        for start in range(0, len(members), most):
+            part = f" ({start // most + 1})" if len(members) > most else ""
+            result.append((title + part, members[start : start + most]))
+    return result
+
+
+def svg(title: str, members: Sequence[Curve]) -> str:
+    """One panel as an SVG element without a date, a script or a colour of its own. `title` keeps its ids apart."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": title,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.size": 9.5,
+        "axes.unicode_minus": False,
+        **{f"{part}.color": _INK for part in ("text", "xtick", "ytick")},
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        figure.patch.set_alpha(0)
+        _draw(figure.add_subplot(), members)
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    return _themed(out.getvalue(), title)
+
+
+def _draw(axes: object, members: Sequence[Curve]) -> None:
+    """Lines, held-out points, marks where a value was not finite."""
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
+
+    assert isinstance(axes, Axes)
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=7))
+    names = {curve.name for curve in members}
+    for hue, curve in zip(_HUES, members, strict=False):
+        finite = [v if math.isfinite(v) else math.nan for v in curve.values]
+        few = len(curve.steps) <= 12 or curve.held_out
+        style = {"color": hue, "marker": "o" if few else "", "markersize": 3.5}
+        if len(finite) > _CROWDED:
+            axes.plot(curve.steps, finite, color=hue, alpha=0.3, linewidth=0.7)
+            finite = moving(finite, len(finite) // 40)
+        dash = "--" if curve.held_out and len(names) > 1 else "-"
+        axes.plot(curve.steps, finite, linewidth=1.5, linestyle=dash, label=curve.name, **style)  # type: ignore[arg-type]
+        for step in curve.wild[:50]:
+            axes.axvline(step, color=hue, linewidth=1, linestyle=":")
+    axes.legend(loc="best", frameon=False, fontsize=8.5, handlelength=1.6)
+
+
+def moving(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last `width` values; NaN where one of them is."""
+    return [math.fsum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
+
+
+def _themed(text: str, title: str) -> str:
+    """Only the svg element, scalable, its colours taken from the page."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', _opening(title), text, count=1, flags=re.DOTALL)
+    text = text.replace(_INK, "currentColor")
+    for index, hue in enumerate(_HUES):
+        text = text.replace(hue, f"var(--hue{index})")
+    return text.strip()
+
+
+def _opening(title: str) -> str:
+    label = title.replace("&", "").replace("<", "").replace('"', "").replace("\\", "")
+    return (
+        rf'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" '
+        rf'aria-label="{label}">'
+    )

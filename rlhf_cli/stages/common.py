@@ -1,0 +1,146 @@
+"""What every stage does around its algorithm: data before models, one directory, one way to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_cli.catalog import Data
+from rlhf_cli.data.loader import Loader
+from rlhf_cli.data.prepare import Prepared, prepare
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.models.base import Text, check_length
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.report.page import write_report
+from rlhf_cli.rollouts.generate import Sampling, sample
+from rlhf_cli.runs.directory import Run
+from rlhf_cli.runs.display import Display
+from rlhf_cli.runs.files import temporary
+from rlhf_cli.train import checkpoint
+from rlhf_cli.train.engine import Engine
+
+
+def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
+    """The rows of the recipe as samples, told about, before any model is loaded. Raises DataError, RecipeError."""
+    check_length(text, recipe.data.max_length, "data.max_length")
+    data = options.pop("data", recipe.data)
+    prepared = prepare(data, kind, text.template, **options)
+    for line in prepared.report.lines():
+        display.note(line)
+    return prepared
+
+
+def make_loader(recipe: Recipe, prepared: Prepared, batch_size: int) -> Loader:
+    """The order of the training samples."""
+    return Loader(prepared.source, prepared.weights, batch_size, recipe.seed)
+
+
+def total_steps(recipe: Recipe, loader: Loader) -> int:
+    """Steps of the run: max_steps when given, else num_epochs over the data."""
+    if recipe.training.max_steps is not None:
+        return recipe.training.max_steps
+    return max(1, math.ceil(recipe.training.num_epochs * loader.steps_per_epoch))
+
+
+def open_engine(
+    recipe: Recipe, run: Run, display: Display, loader: Loader, learners: Sequence[tuple[Role, float]]
+) -> Engine:
+    """An engine that trains these roles, each with its learning rate, and keeps the loader's cursor."""
+    policy = learners[0][0]
+    engine = Engine(recipe, run, display, total_steps(recipe, loader), policy.base.packed)
+    for role, learning_rate in learners:
+        engine.add(role, learning_rate)
+    engine.kept["loader"] = loader
+    return engine
+
+
+def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
+    """Everything was accepted: create or reopen the run directory, and go on from its newest whole checkpoint."""
+    run = engine.run
+    run.begin(lineage)
+    engine.display.attach(run.path / "run.log")
+    run.write_data_report(prepared.report.to_json())
+    torch.manual_seed(engine.recipe.seed)
+    saved = resume_point(run, engine.display)
+    if saved is not None:
+        engine.restore(saved)
+
+
+def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from: the one asked for, or the newest whole one."""
+    if run.resume_from is not None:
+        return checkpoint.read(run.resume_from)
+    return checkpoint.newest(run.checkpoints, display) if run.status == "resume" else None
+
+
+def finish(engine: Engine, save: Callable[[Path], None]) -> None:
+    """final/ whole or absent, report.html, and DONE last."""
+    run = engine.run
+    draft = temporary(run.final)
+    remove_tree(draft)
+    save(draft)
+    for path in sorted(draft.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if run.final.exists():
+        old = run.final.with_name(f".old-{run.final.name}.tmp-{os.getpid()}")
+        os.rename(run.final, old)
+        os.rename(draft, run.final)
+        remove_tree(old)
+    else:
+        os.rename(draft, run.final)
+    metrics = last_metrics(run.path / "metrics.jsonl")
+    engine.display.note(f"report: {write_report(run.path)}")
+    run.finish(metrics)
+    engine.display.note(f"done: {run.path}")
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder of ours if it is there."""
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The newest value of every metric in metrics.jsonl."""
+    merged: dict[str, Any] = {}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            merged |= json.loads(line)
+    return merged
+
+
+def show_samples(engine: Engine, policy: Role, text: Text, samples: Sequence[Sample]) -> None:
+    """Complete a few held-out prompts, greedily, into samples.jsonl."""
+    settings = engine.recipe.evaluation
+    few = [s for s in samples if len(s.prompt)][: settings.samples]
+    context = getattr(text.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    room = min(settings.max_new_tokens, context - max((len(s.prompt) for s in few), default=0))
+    if not few or room < 1:
+        return
+    completed = sample(policy, [s.prompt for s in few], 1, text.template.stop_ids, Sampling(room, greedy=True), 0)
+    for s, (c,) in zip(few, completed, strict=True):
+        prompt = text.template.decode(s.prompt)
+        completion = text.template.decode(c.ids, after=s.prompt)
+        engine.run.sample({"step": engine.step, "prompt": prompt, "completion": completion, "finished": c.finished})
+
+
+def select(samples: Sequence[Sample], indices: np.ndarray) -> list[Sample]:
+    """The samples of one step."""
+    return [samples[int(i)] for i in indices]
+
+
+def settings_of(block: Any) -> dict[str, Any]:
+    """The settings of a catalogue block, as keyword arguments."""
+    return block.model_dump(exclude={"name"})

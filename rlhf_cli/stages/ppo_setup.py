@@ -1,0 +1,133 @@
+"""What PPO needs before its first rollout: prompts, rewards, critic, and the checks of the first rollout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_cli.catalog import ESTIMATORS
+from rlhf_cli.data.examples import Task
+from rlhf_cli.data.prepare import Prepared
+from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.models import adapters
+from rlhf_cli.models.base import Base, Text, load_text
+from rlhf_cli.models.build import frozen_role, scalar_head
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.schema import PPORecipe
+from rlhf_cli.rollouts.experience import Experience
+from rlhf_cli.rollouts.rewards import FunctionReward, ModelReward, Reward, load_function, model_reward
+from rlhf_cli.runs.display import Display
+from rlhf_cli.stages import common
+
+
+def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:
+    """The prompts, none longer than leaves room for the completion."""
+    room = recipe.data.max_length - recipe.rollout.max_new_tokens
+    data = recipe.data.model_copy(update={"max_length": room})
+    return common.read_data(recipe, "task", text, display, data=data)
+
+
+def load_functions(recipe: PPORecipe, tasks: Sequence[Task]) -> dict[int, FunctionReward]:
+    """Reward functions, imported, checked and called once, by their place in the recipe."""
+    return {i: load_function(r, tasks) for i, r in enumerate(recipe.rewards) if r.function is not None}
+
+
+def load_reward_texts(recipe: PPORecipe) -> dict[int, Text]:
+    """Tokenizers and configurations of the reward models: wrong ones are refused before any weights are read."""
+    return {
+        i: load_text(recipe.model.model_copy(update={"name_or_path": r.run, "revision": None}), role="reward")
+        for i, r in enumerate(recipe.rewards) if r.run is not None
+    }  # fmt: skip
+
+
+def load_rewards(
+    recipe: PPORecipe, functions: dict[int, FunctionReward], texts: dict[int, Text], text: Text, policy: Role
+) -> list[Reward]:
+    """All rewards in the order of the recipe; reward models as roles, on the policy's base where they belong to it."""
+    rewards: list[Reward] = []
+    for i, settings in enumerate(recipe.rewards):
+        if i in functions:
+            rewards.append(functions[i])
+            continue
+        role = frozen_role(f"reward-{i}", recipe.model, texts[i], policy.base)
+        rewards.append(model_reward(settings, texts[i], role, text))
+    return rewards
+
+
+def stop_ids(recipe: PPORecipe, text: Text) -> tuple[int, ...]:
+    """The model's end tokens and those the recipe adds. Raises RecipeError when one is not a single token."""
+    ids = list(text.template.stop_ids)
+    for stop in recipe.rollout.stop:
+        tokens = text.tokenizer.encode(stop, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise RecipeError(f"'{stop}' is {len(tokens)} tokens of this vocabulary, not one", "rollout.stop")
+        ids.append(tokens[0])
+    return tuple(dict.fromkeys(ids))
+
+
+def load_critic(recipe: PPORecipe, policy: Role, rewards: Sequence[Reward], display: Display) -> Role | None:
+    """The value model, or None when the estimator reads no values. Raises RecipeError.
+
+    From a reward model: a trainable copy of its weights, its head scaled as the score is, so that values start on the
+    scale of the scores. From the policy: a copy of its weights with a zero head.
+    """
+    if not ESTIMATORS[recipe.ppo.advantage.name].critic:
+        return None
+    models = [r for r in rewards if isinstance(r, ModelReward)]
+    usable = [r for r in models if _copies(policy, r.role)]
+    if recipe.critic.start == "reward" and not usable:
+        why = "there is no reward model" if not models else "the reward model is not an adapter on the policy's base"
+        raise RecipeError(f"the critic cannot start from a reward model: {why}", "critic.start", "use policy")
+    start = recipe.critic.start if recipe.critic.start != "auto" else ("reward" if usable else "policy")
+    if start == "policy":
+        critic = _copy(policy, policy.base, policy.adapter, torch.zeros(1, _width(policy)), 0.0)
+    else:
+        model = usable[0]
+        assert model.role.head is not None
+        scale = model.weight / model.std
+        critic = _copy(policy, model.role.base, model.role.adapter, model.role.head.weight * scale, -model.mean * scale)
+    display.note(f"critic: starts from {'the policy, zero head' if start == 'policy' else usable[0].name}")
+    return critic
+
+
+def _copies(policy: Role, reward: Role) -> bool:
+    """Whether a reward model can become a critic trained as the policy is: both adapters on one base, or both whole."""
+    return reward.base is policy.base if policy.adapter is not None else reward.adapter is None
+
+
+def _width(role: Role) -> int:
+    return int(role.base.model.config.get_text_config().hidden_size)
+
+
+def _copy(policy: Role, base: Base, adapter: str | None, weight: torch.Tensor, bias: float) -> Role:
+    """A trainable scalar role with a copy of an adapter, or of a whole model."""
+    if adapter is None:
+        model = copy.deepcopy(base.model).float()  # type: ignore[operator]
+        if policy.base.model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        own = Base(model, base.source, base.fingerprint, base.device, base.dtype, base.packed)
+        return Role("critic", own, None, scalar_head(own, weight, bias), trained=True)
+    config = copy.deepcopy(adapters.adapter_config(base, adapter))
+    tensors = {k: v.detach().clone() for k, v in adapters.adapter_tensors(base, adapter).items()}
+    adapters.add_adapter(base, "critic", config, tensors)
+    return Role("critic", base, "critic", scalar_head(base, weight, bias), trained=True)
+
+
+def check_first_rollout(experience: Experience, policy: Role, display: Display) -> None:
+    """Before the first update: policy = reference, recomputed log-probabilities = sampled ones. Raises ModelError."""
+    tolerance = 1e-3 if policy.base.dtype == torch.float32 else 0.5
+    kl = float((experience.logp - experience.reference_logp).abs().max())
+    if not kl <= tolerance:
+        raise ModelError(
+            f"policy and reference differ before the first update (by {kl:.3g} nats at one token)", "model",
+            "is the reference the model the policy started from?",
+        )  # fmt: skip
+    gap = float((experience.sampled_logp - experience.logp).abs().max())
+    if not gap <= tolerance:
+        raise ModelError(
+            f"log-probabilities recomputed differ from those sampled (by {gap:.3g} nats at one token)", "rollout",
+            "try model.attn_implementation: sdpa",
+        )  # fmt: skip
+    display.note(f"step 0: KL to the reference {kl:.1e}, recomputed against sampled {gap:.1e} (largest, nats a token)")

@@ -1,0 +1,67 @@
+"""Supervised fine-tuning.
+
+1. Render each demonstration with the model's own template; score the completion and its end token.
+2. For each step: log-probabilities of the scored tokens,
+3. cross-entropy, summed; divided once by the scored tokens of the whole step;
+4. one optimiser step.
+5. Held-out: the same loss, its exponential, and a few completions.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlhf_cli.catalog import OBJECTIVES
+from rlhf_cli.data.batch import Batch
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.models.base import load_text
+from rlhf_cli.models.build import lineage, load_policy
+from rlhf_cli.models.save import save_policy
+from rlhf_cli.recipe.schema import SFTRecipe
+from rlhf_cli.runs.directory import Run
+from rlhf_cli.runs.display import Display
+from rlhf_cli.runs.options import Options
+from rlhf_cli.stages import common
+from rlhf_cli.train.engine import Losses
+
+
+def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None:
+    """Fine-tune a language model on demonstrations or plain text. Raises RlhfError."""
+    text = load_text(recipe.model)
+    data = common.read_data(recipe, "demonstration", text, display)
+    loader = common.make_loader(recipe, data, recipe.training.batch_size)
+    if options.dry_run:
+        display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
+        return
+    policy = load_policy(recipe, text, display, dropout=True)
+    engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])
+    objective = OBJECTIVES[recipe.objective.name].load()
+    settings = common.settings_of(recipe.objective)
+
+    def loss(batch: Batch, group: list[int]) -> Losses:
+        of = policy.logp(batch)
+        total = objective(of.logp, of.mean, **settings).sum()
+        tokens = float(len(of.logp))
+        nll = -of.logp.detach().sum()
+        return Losses({"token": total}, {"entropy": (of.entropy.detach().sum(), tokens), "nll": (nll, tokens)})
+
+    def step() -> dict[str, float]:
+        samples = common.select(data.train, loader.next())
+        metrics = engine.update(policy, samples, loss, {"token": scored(samples)})
+        return metrics | {"epoch": loader.position}
+
+    def scored(samples: list[Sample]) -> float:
+        return float(sum(c.scored.sum() for s in samples for c in s.completions))
+
+    def evaluate() -> dict[str, float]:
+        held_out = data.eval or []
+        common.show_samples(engine, policy, text, held_out or data.train)
+        if not held_out:
+            return {}
+        metrics = engine.measure(policy, held_out, loss, {"token": scored(held_out)})
+        return {"eval/loss": metrics["loss"], "eval/perplexity": math.exp(min(metrics["nll"], 80.0))}
+
+    engine.evaluate = evaluate
+    common.begin(engine, data, lineage(policy, text, role="policy"))
+    engine.fit(step)
+    common.finish(engine, lambda folder: save_policy(policy, text, folder))

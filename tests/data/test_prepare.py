@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.data.examples import Comparison, Demonstration, Task, Verdict
+from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.prepare import check_data, load_examples, prepare
+from rlhf_cli.data.report import spread, tally
+from rlhf_cli.data.template import load_template
+from rlhf_cli.errors import DataError
+from rlhf_cli.recipe.schema import RECIPES, DataSettings, SFTDataSettings, SourceSettings
+
+Write = Callable[..., str]
+
+
+def pair(prompt: str = "q", chosen: str = "a", rejected: str = "b", **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def source(path: str, **settings: Any) -> SourceSettings:
+    return SourceSettings(path=path, **settings)
+
+
+def recipe(stage: str, **blocks: Any) -> Any:
+    base = {"stage": stage, "model": "none", "training": {"learning_rate": 1e-5}, "output_dir": "runs/x"}
+    return RECIPES[stage].model_validate(base | blocks)
+
+
+def test_bad_rows_stop_the_run(jsonl: Write) -> None:
+    path = jsonl(pair(), pair(chosen=" "), pair(chosen="b"))
+    with pytest.raises(DataError) as caught:
+        load_examples([source(path)], "comparison")
+    assert str(caught.value).splitlines() == [
+        f"{path}:2: empty completion",
+        f"{path}:3: chosen equals rejected",
+        "2 bad rows in all (correct them, or set data.on_bad_row: drop to leave them out)",
+    ]
+
+
+def test_at_most_twenty_problems_are_listed(jsonl: Write) -> None:
+    path = jsonl(pair(), *(pair(chosen="") for _ in range(33)))
+    with pytest.raises(DataError) as caught:
+        load_examples([source(path)], "comparison")
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[-1].message == "and 13 more bad rows"
+
+
+def test_bad_rows_dropped_and_counted(jsonl: Write) -> None:
+    path = jsonl(pair(), *(pair(chosen="") for _ in range(60)), pair(chosen="b"))
+    examples, report = load_examples([source(path)], "comparison", "drop")
+    assert examples.items == [Comparison("q", "a", "b", f"{path}:1")]
+    first, second = report.sources[0].dropped
+    assert (first.reason, first.count, len(first.where), first.where[:2]) == (
+        "empty completion", 60, 50, (f"{path}:2", f"{path}:3"),
+    )  # fmt: skip
+    assert (second.reason, second.count, second.where) == ("chosen equals rejected", 1, (f"{path}:62",))
+    assert (report.sources[0].rows, report.sources[0].kept) == (62, 1)
+
+
+def test_all_rows_gone_is_an_error(jsonl: Write) -> None:
+    path = jsonl(pair(chosen=""), pair(rejected=""))
+    with pytest.raises(DataError, match="none of its 2 rows can be used: empty completion: 2"):
+        load_examples([source(path)], "comparison", "drop")
+    with pytest.raises(DataError, match="holds no rows"):
+        load_examples([source(jsonl(name="empty.jsonl"))], "comparison", "drop")
+
+
+def test_broken_json_stops_even_when_dropping(jsonl: Write) -> None:
+    path = jsonl(pair())
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON"):
+        load_examples([source(path)], "comparison", "drop")
+
+
+def test_several_sources_with_weights(jsonl: Write) -> None:
+    one = jsonl(pair(), pair("r"), name="one.jsonl")
+    two = jsonl(pair("s"), name="two.jsonl")
+    examples, report = load_examples([source(one, weight=2.0), source(two)], "comparison")
+    assert examples.source.tolist() == [0, 0, 1]
+    assert examples.weights == [2.0, 1.0]
+    assert [(s.path, s.format, s.kept) for s in report.sources] == [(one, "preference", 2), (two, "preference", 1)]
+
+
+def test_limit_and_columns(jsonl: Write) -> None:
+    path = jsonl(*({"question": f"q{i}", "good": "a", "bad": "b", "idx": i} for i in range(9)))
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    examples, report = load_examples([source(path, columns=columns, limit=3)], "comparison")
+    assert [e.prompt for e in examples.items] == ["q0", "q1", "q2"]
+    assert report.sources[0].unused == ("idx",)
+    with pytest.raises(
+        DataError, match=r"no column 'god' \(wanted as chosen\); found: bad, good, idx, question .*'good'"
+    ):
+        load_examples([source(path, columns=columns | {"chosen": "god"})], "comparison")
+
+
+def test_a_format_that_is_named_is_taken(jsonl: Write) -> None:
+    path = jsonl({"prompt": "q", "completion": "a", "score": 1.0, "text": "t"})
+    with pytest.raises(DataError, match="several formats fit"):
+        load_examples([source(path)], "demonstration")
+    examples, report = load_examples([source(path, format="text")], "demonstration")
+    assert examples.items == [Demonstration("", "t", f"{path}:1")]
+    assert not report.sources[0].detected
+
+
+def test_scores_that_contradict_the_labels(jsonl: Write) -> None:
+    path = jsonl(
+        pair(chosen_score=2, rejected_score=1), pair(chosen_score=1, rejected_score=2), pair(), pair(score_chosen=3)
+    )
+    examples, _ = load_examples([source(path)], "comparison")
+    assert [e.scores for e in examples.items] == [(2, 1), (1, 2), None, None]
+    with pytest.raises(DataError) as caught:
+        load_examples([source(path)], "comparison", needs_scores=True)
+    assert f"{path}:2: labels contradict scores" in str(caught.value)
+    assert f"{path}:3: no scores of chosen and rejected" in str(caught.value)
+    examples, _ = load_examples([source(path)], "comparison", "drop", needs_scores=True)
+    assert [e.where for e in examples.items] == [f"{path}:1"]
+
+
+def test_scored_rows_over_the_whole_file(jsonl: Write) -> None:
+    path = jsonl(
+        *({"prompt": p, "completion": t, "score": s} for p, t, s in [("p", "a", 1), ("q", "x", 9), ("p", "b", 3)])
+    )
+    examples, report = load_examples([source(path)], "comparison")
+    assert examples.items == [Comparison("p", "b", "a", f"{path}:3 with 1", scores=(3.0, 1.0))]
+    assert [(r.reason, r.count) for r in report.sources[0].dropped] == [("no partner to pair with", 1)]
+
+
+def test_pairs_as_verdicts(jsonl: Write) -> None:
+    path = jsonl(pair())
+    examples, report = load_examples([source(path)], "verdict")
+    assert examples.items == [Verdict("q", "a", True, f"{path}:1"), Verdict("q", "b", False, f"{path}:1")]
+    assert (report.sources[0].rows, report.sources[0].examples) == (1, 2)
+
+
+def test_digest_is_of_the_content(jsonl: Write) -> None:
+    digests = [
+        load_examples([source(jsonl(*rows, name=name))], "comparison")[1].sources[0].digest
+        for name, rows in {"a.jsonl": [pair()], "b.jsonl": [pair()], "c.jsonl": [pair(chosen="c")]}.items()
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_prepare(jsonl: Write, qwen: Any) -> None:
+    template = load_template(qwen)
+    train = [jsonl(pair("Hello"), pair("there", "a" * 99), name="one.jsonl"), jsonl(pair("two"), name="two.jsonl")]
+    held_out = jsonl(pair("two", "fine"), pair("plus"), name="eval.jsonl")
+    data = DataSettings.model_validate({"train": train, "eval": held_out, "max_length": 20})
+    made = prepare(data, "comparison", template)
+    assert [s.where for s in made.train] == [f"{train[0]}:1", f"{train[1]}:1"]
+    assert [e.where for e in made.examples_train] == [s.where for s in made.train]
+    assert made.source.tolist() == [0, 1]
+    assert made.eval is not None
+    assert [e.where for e in made.examples_eval or []] == [s.where for s in made.eval]
+    report = json.loads(json.dumps(made.report.to_json()))
+    assert [s["split"] for s in report["sources"]] == ["train", "train", "eval"]
+    assert report["sources"][0]["dropped"] == [
+        {"reason": "longer than max_length", "count": 1, "where": [f"{train[0]}:2"]}
+    ]
+    assert [s["kept"] for s in report["sources"]] == [1, 1, 2]
+    assert (report["duplicates"]["count"], report["duplicates"]["where"]) == (1, [f"{held_out}:1"])
+    tokens = report["tokens"][0]
+    assert tokens["samples"] == 2
+    assert tokens["total"] == sum(len(s.prompt) + sum(len(c.ids) for c in s.completions) for s in made.train)
+    assert tokens["scored"] == sum(int(c.scored.sum()) for s in made.train for c in s.completions)
+    assert tokens["ended"] == 1.0
+    assert any("eval prompts that are also train prompts" in line for line in made.report.lines())
+
+
+def test_nothing_left_after_truncation(jsonl: Write, qwen: Any) -> None:
+    data = DataSettings.model_validate({"train": jsonl(pair("Hello " * 30)), "max_length": 8})
+    with pytest.raises(DataError, match="no train example is left: longer than max_length: 1"):
+        prepare(data, "comparison", load_template(qwen))
+
+
+def test_tasks_take_the_length_they_are_given(jsonl: Write, qwen: Any) -> None:
+    path = jsonl({"prompt": "Hello there", "answer": 4}, {"prompt": "Hello " * 20, "answer": 5})
+    data = DataSettings.model_validate({"train": path, "max_length": 500})
+    made = prepare(data, "task", load_template(qwen), max_length=9)
+    assert made.examples_train == [Task("Hello there", f"{path}:1", {"answer": 4})]
+    assert made.eval is made.examples_eval is None
+    assert made.report.tokens[0].completion is None
+
+
+def test_train_on_prompt_comes_from_the_settings(jsonl: Write, qwen: Any) -> None:
+    path = jsonl({"prompt": "Hello there, how", "completion": " are you"})
+    for on, least in ((False, 2), (True, 1)):
+        data = SFTDataSettings.model_validate({"train": path, "train_on_prompt": on})
+        made = prepare(data, "demonstration", load_template(qwen))
+        assert (len(made.train[0].prompt) == 1) is on
+        assert len(made.train[0].prompt) >= least
+
+
+def test_warnings(jsonl: Write, qwen: Any) -> None:
+    path = jsonl({"prompt": "Hello the", "completion": "re " * 30})
+    data = DataSettings.model_validate({"train": path, "max_length": 12, "truncation": "right"})
+    lines = prepare(data, "demonstration", load_template(qwen)).report.lines()
+    assert "1 cut to max_length" in lines[1]
+    assert "1 of 1 completions begin right at the last letter of their prompt" in lines[2]
+    assert "the end token is scored in only 0.0 %" in lines[3]
+
+
+def test_spread_and_tally() -> None:
+    assert str(spread(range(1, 101))) == "1/50.5/95/100"
+    assert str(spread([7])) == "7/7.0/7/7"
+    reasons = tally([Dropped("a", "f:1"), Dropped("b", "f:2"), Dropped("b", "f:3")])
+    assert [(r.reason, r.count, r.where) for r in reasons] == [("b", 2, ("f:2", "f:3")), ("a", 1, ("f:1",))]
+
+
+def test_check_data_of_each_kind_of_recipe(jsonl: Write) -> None:
+    pairs = jsonl(pair(chosen_score=1, rejected_score=2))
+    lines = check_data(recipe("dpo", data={"train": pairs}, objective={"name": "dpo"}))
+    assert lines[0] == f"train {pairs}: format preference (detected), 1 rows, 1 examples kept"
+    assert "lengths not checked" in lines[-1]
+    with pytest.raises(DataError, match="labels contradict scores"):
+        check_data(recipe("dpo", data={"train": pairs}, objective={"name": "odpo"}))
+    lines = check_data(recipe("dpo", data={"train": pairs}, objective={"name": "kto"}))
+    assert "1 rows, 2 examples kept" in lines[0]
+    lines = check_data(recipe("ppo", data={"train": pairs}, rewards=[{"function": "f.py:f"}]))
+    assert "format preference" in lines[0]
+    with pytest.raises(DataError, match="no format that gives a demonstration"):
+        check_data(recipe("sft", data={"train": pairs}))
+
+
+def test_checking_data_does_not_import_torch(jsonl: Write) -> None:
+    path = jsonl(pair())
+    code = (
+        "import sys; from rlhf_cli.data import prepare, tokens, template, report\n"
+        "from rlhf_cli.recipe.schema import SourceSettings\n"
+        f"prepare.load_examples([SourceSettings(path={path!r})], 'comparison')\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+SCORES = {"completion": "text", "score": "reward"}
+REAL: list[tuple[str, Any, dict[str, str], str, int]] = [
+    ("imdb_scored.jsonl", "comparison", SCORES, "scored", 693),
+    ("imdb_scored.jsonl", "demonstration", {"completion": "text"}, "prompt_completion", 1392),
+    ("gsm8k_train.jsonl", "demonstration", {"prompt": "question", "completion": "answer"}, "prompt_completion", 2000),
+    ("gsm8k_train.jsonl", "task", {"prompt": "question"}, "prompt", 2000),
+    ("alpaca_en_demo.json", "demonstration", {}, "alpaca", 849),
+    ("dpo_en_demo.json", "comparison", {}, "sharegpt_preference", 201),
+    ("dpo_zh_demo.json", "verdict", {}, "sharegpt_preference", 390),
+    ("kto_en_demo.json", "verdict", {}, "verdict", 194),
+    ("glaive_toolcall_en_demo.json", "demonstration", {}, "sharegpt", 150),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "columns", "format_", "kept"), REAL)
+def test_real_data(shared: Path, name: str, kind: Any, columns: dict[str, str], format_: str, kept: int) -> None:
+    settings = source(str(shared / "data" / name), columns=columns)
+    examples, report = load_examples([settings], kind, "drop", needs_scores=columns == SCORES)
+    assert len(examples.items) == kept
+    assert report.sources[0].format == format_
