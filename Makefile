@@ -14,7 +14,8 @@ RLHF := $(BIN)/rlhf
 TINY := recipes/tiny
 DEMO := demo
 
-export OMP_NUM_THREADS ?= 2
+# One thread: tensors this small gain nothing from more, and lose much on a busy machine. `make -j2 demo` uses two cores.
+export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test check clean gpu-check

@@ -81,9 +81,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[
 
 
 def test_a_stage_gets_recipe_run_display_and_options(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = run(capsys, "dpo", "r.yaml", "lora.r=4", "--set", "seed=1", "--seed", "7", "--max-steps", "9", "-o",
-                      "1e5", "--report-to", "wandb", "--resume", "never", "--dry-run", "training.batch_size=2")  # fmt: skip
-    assert (code, lines) == (0, [])
+    given = ["--set", "seed=1", "--seed", "7", "--max-steps", "9", "-o", "1e5", "--report-to", "wandb", "--dry-run"]
+    assert run(capsys, "dpo", "r.yaml", "lora.r=4", *given, "training.batch_size=2", "--resume=never") == (0, [])
     recipe, opened, display, options = world.calls[0]
     assert recipe.lora.r == 4
     assert (recipe.seed, recipe.training.max_steps, recipe.output_dir) == (7, 9, "1e5")

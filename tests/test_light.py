@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1] / "rlhf_cli"
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "bitsandbytes", "accelerate", "pandas", "pyarrow")
 CHILD = """
 import sys
@@ -77,3 +78,13 @@ def test_help_takes_less_than_a_second_of_work() -> None:
 def test_python_m_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "rlhf_cli", "--help"], capture_output=True, text=True, timeout=60)
     assert done.stdout == run("--help").stdout
+
+
+@pytest.mark.parametrize("package", ["recipe", "runs", "cli", "report", "data.prepare"])
+def test_modules_below_the_torch_line(package: str) -> None:
+    folder = ROOT / package
+    names = [f"{package}.{path.stem}" for path in folder.glob("[a-z]*.py")] if folder.is_dir() else [package]
+    imports = "; ".join(f"import rlhf_cli.{name}" for name in names)
+    program = f"{imports}; import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

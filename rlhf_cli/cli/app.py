@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import logging
 import sys
 import traceback
 from contextlib import suppress
@@ -216,6 +217,7 @@ _CLICK_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 
 def main() -> None:
     """The console script: run the command line and exit with the code of CONTRACT section 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that are not installed
     sys.exit(run_command_line(sys.argv[1:]))
 
 

@@ -28,9 +28,9 @@ class Demonstration:
     plain text (prompt empty; every token is trained)."""
 
     prompt: Prompt
-    """Plain text, or the messages of the whole conversation, assistant turns included."""
+    """Plain text, the messages before the completion, or (without one) a whole conversation."""
     completion: str | None
-    """None when `prompt` is a conversation."""
+    """What the assistant writes; None when `prompt` is a conversation, assistant turns included."""
     where: str
     """`file:line` of the row."""
 

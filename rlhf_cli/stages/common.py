@@ -23,7 +23,8 @@ from rlhf_cli.report.page import write_report
 from rlhf_cli.rollouts.generate import Sampling, sample
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
-from rlhf_cli.runs.files import temporary
+from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
+from rlhf_cli.runs.trackers import open_trackers
 from rlhf_cli.train import checkpoint
 from rlhf_cli.train.engine import Engine
 
@@ -31,8 +32,7 @@ from rlhf_cli.train.engine import Engine
 def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
     """The rows of the recipe as samples, told about, before any model is loaded. Raises DataError, RecipeError."""
     check_length(text, recipe.data.max_length, "data.max_length")
-    data = options.pop("data", recipe.data)
-    prepared = prepare(data, kind, text.template, **options)
+    prepared = prepare(recipe.data, kind, text.template, **options)
     for line in prepared.report.lines():
         display.note(line)
     return prepared
@@ -68,10 +68,14 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     run.begin(lineage)
     engine.display.attach(run.path / "run.log")
     run.write_data_report(prepared.report.to_json())
+    engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, engine.recipe.model_dump(mode="json"))
     torch.manual_seed(engine.recipe.seed)
     saved = resume_point(run, engine.display)
     if saved is not None:
         engine.restore(saved)
+    elif run.status == "resume":
+        engine.display.warn("no whole checkpoint is left: starting over")
+        run.rewind({})
 
 
 def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
@@ -85,31 +89,31 @@ def finish(engine: Engine, save: Callable[[Path], None]) -> None:
     """final/ whole or absent, report.html, and DONE last."""
     run = engine.run
     draft = temporary(run.final)
-    remove_tree(draft)
-    save(draft)
-    for path in sorted(draft.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if run.final.exists():
-        old = run.final.with_name(f".old-{run.final.name}.tmp-{os.getpid()}")
-        os.rename(run.final, old)
+    try:
+        draft.mkdir()
+        save(draft)
+        usual_modes(draft)
+        sync_tree(draft)
+        if run.final.exists():
+            discard(run.final)
         os.rename(draft, run.final)
-        remove_tree(old)
-    else:
-        os.rename(draft, run.final)
+    except OSError as error:
+        raise disk_error(error, "the trained model cannot be written", run.final, "free some space") from error
+    finally:
+        remove_quietly(draft)
     metrics = last_metrics(run.path / "metrics.jsonl")
     engine.display.note(f"report: {write_report(run.path)}")
     run.finish(metrics)
+    engine.trackers.close()
     engine.display.note(f"done: {run.path}")
 
 
-def remove_tree(path: Path) -> None:
-    """Delete a folder of ours if it is there."""
-    import shutil
-
-    if path.exists():
-        shutil.rmtree(path)
+def usual_modes(folder: Path) -> None:
+    """Give every file the mode the umask asks for: some writers keep theirs to the owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from rlhf_cli.stages import common
 def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:
     """The prompts, none longer than leaves room for the completion."""
     room = recipe.data.max_length - recipe.rollout.max_new_tokens
-    data = recipe.data.model_copy(update={"max_length": room})
-    return common.read_data(recipe, "task", text, display, data=data)
+    return common.read_data(recipe, "task", text, display, max_length=room)
 
 
 def load_functions(recipe: PPORecipe, tasks: Sequence[Task]) -> dict[int, FunctionReward]:
@@ -82,12 +81,12 @@ def load_critic(recipe: PPORecipe, policy: Role, rewards: Sequence[Reward], disp
         raise RecipeError(f"the critic cannot start from a reward model: {why}", "critic.start", "use policy")
     start = recipe.critic.start if recipe.critic.start != "auto" else ("reward" if usable else "policy")
     if start == "policy":
-        critic = _copy(policy, policy.base, policy.adapter, torch.zeros(1, _width(policy)), 0.0)
+        critic = _copy(recipe, policy.base, policy.adapter, torch.zeros(1, _width(policy)), 0.0)
     else:
         model = usable[0]
         assert model.role.head is not None
         scale = model.weight / model.std
-        critic = _copy(policy, model.role.base, model.role.adapter, model.role.head.weight * scale, -model.mean * scale)
+        critic = _copy(recipe, model.role.base, model.role.adapter, model.role.head.weight * scale, -model.mean * scale)
     display.note(f"critic: starts from {'the policy, zero head' if start == 'policy' else usable[0].name}")
     return critic
 
@@ -101,11 +100,11 @@ def _width(role: Role) -> int:
     return int(role.base.model.config.get_text_config().hidden_size)
 
 
-def _copy(policy: Role, base: Base, adapter: str | None, weight: torch.Tensor, bias: float) -> Role:
+def _copy(recipe: PPORecipe, base: Base, adapter: str | None, weight: torch.Tensor, bias: float) -> Role:
     """A trainable scalar role with a copy of an adapter, or of a whole model."""
     if adapter is None:
         model = copy.deepcopy(base.model).float()  # type: ignore[operator]
-        if policy.base.model.is_gradient_checkpointing:
+        if recipe.model.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         own = Base(model, base.source, base.fingerprint, base.device, base.dtype, base.packed)
         return Role("critic", own, None, scalar_head(own, weight, bias), trained=True)

@@ -28,6 +28,7 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
+from rlhf_cli.runs.trackers import Trackers
 from rlhf_cli.train import checkpoint
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
 
@@ -81,6 +82,8 @@ class Engine:
     kept_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None
     budget: int = 0
+    """Tokens of a micro-batch."""
+    trackers: Trackers = field(default_factory=Trackers)
     _signal: int | None = None
     _clock: float = 0.0
     _clock_tokens: int = 0
@@ -257,6 +260,8 @@ class Engine:
         self.run.log(metrics)
         show = done or self.step % self.recipe.logging.every == 0 or self.step == 1
         self.display.step(self.step, metrics, show)
+        if show:
+            self.trackers.log(self.step, metrics)
         if done or self._signal is not None or self._due(self.recipe.checkpoint.every):
             self.save()
         if self._signal is not None and not done:
@@ -304,7 +309,8 @@ class Engine:
             for key, tensor in saved.tensors(name).items():
                 own[key].copy_(tensor)
         checkpoint.set_random_state(saved.tensors("random"), state["random"])
-        self.run.rewind(state["sizes"])
+        for warning in self.run.rewind(state["sizes"]):
+            self.display.warn(warning)
         self.display.note(f"resumed from {saved.path}")
 
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
