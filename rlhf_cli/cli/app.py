@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import shlex
 import logging
+import shlex
 import sys
 import traceback
 from contextlib import suppress
