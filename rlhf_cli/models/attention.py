@@ -67,17 +67,28 @@ def segment_attention(
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    outputs = []
-    for own, parent, mask in zip(segments.own, segments.parent, segments.mask, strict=True):
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention by segments knows no {unknown[0]}")
+    window, outputs = kwargs.get("sliding_window"), []
+    for own, parent, whole in zip(segments.own, segments.parent, segments.mask, strict=True):
         k, v = key[:, :, own], value[:, :, own]
         if parent is not None:
             k, v = torch.cat([key[:, :, parent], k], dim=2), torch.cat([value[:, :, parent], v], dim=2)
+        narrow = window is not None and k.shape[2] > window
+        mask = _band(own.stop - own.start, k.shape[2], window, query.device) if narrow else whole
         outputs.append(
             F.scaled_dot_product_attention(
                 query[:, :, own], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask (queries, keys) of the last queries of a sequence, each seeing `window` keys, itself included."""
+    ahead = keys - queries
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(ahead).triu(ahead - window + 1)
 
 
 AttentionInterface.register(NAME, segment_attention)

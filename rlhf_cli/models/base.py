@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ def quiet() -> None:
     """transformers speaks through our own messages."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
@@ -172,11 +174,11 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
     device = pick_device()
     dtype = compute_dtype(settings.dtype, device)
     quantization = _quantization(settings.quantization, dtype)
-    attention = SEGMENTS if settings.attn_implementation == "auto" else settings.attn_implementation
+    chosen = settings.attn_implementation
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     arguments: dict[str, Any] = {
         "dtype": torch.float32 if trained else dtype,
-        "attn_implementation": attention,
+        "attn_implementation": None if chosen == "auto" else chosen,
         "use_safetensors": True,
         "trust_remote_code": False,
         "output_loading_info": True,
@@ -189,6 +191,9 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
         model, info = _attempt("cannot be loaded", source, lambda: auto.from_pretrained(source, **arguments))
         _check_tensors(model, info, source)
         model = model if quantization is not None else model.to(device)
+        keep_4bit_layout(model)
+        if chosen == "auto" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(SEGMENTS)  # no effect on architectures with attention code of their own
     except torch.OutOfMemoryError as error:
         raise ModelError(
             "the weights do not fit the device", source, "use quantization: nf4 or a smaller model"
@@ -197,6 +202,14 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
         parameter.requires_grad_(False)
     model.eval()
     return Base(model, source, _identity(source, model), device, dtype)
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """bitsandbytes repacks 4-bit layers at their first evaluation on a CPU with AVX512-BF16, rounding their scales:
+    then the weights before and after differ, and odd sizes fail. Training needs the same base throughout."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _identity(source: str, model: PreTrainedModel) -> str:

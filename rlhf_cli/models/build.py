@@ -58,7 +58,9 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     if not dropout:
         disable_dropout(base)
     trained = sum(p.numel() for _, p in role.parameters)
-    total = sum(p.numel() for p in base.model.parameters())
+    total = sum(
+        p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in base.model.parameters()
+    )  # 4 bits: 2 a byte
     display.note(
         f"policy: {text.source} {settings.quantization if settings.quantization != 'none' else str(base.dtype)[6:]}, "
         f"{'all' if lora is None else 'LoRA'}: {trained:,} of {total:,} parameters trained, on {base.device}"

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import adapters
-from rlhf_cli.models.base import Text
+from rlhf_cli.models.base import Text, keep_4bit_layout
 from rlhf_cli.models.roles import Role
 
 
@@ -101,12 +102,18 @@ def pad_id(text: Text) -> int | None:
 
 
 def open_reward(folder: Path, text: Text, role: Role) -> torch.nn.Module:
-    """The saved reward model, opened as any user of transformers and peft would."""
-    dtype = role.base.dtype
+    """The saved reward model, opened as any user of transformers and peft would, its base quantised as in training."""
+    dtype, device = role.base.dtype, role.base.device
     if role.adapter is None:
-        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
-    from peft import PeftModel
-
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return model.to(device).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    quantized: dict[str, Any] = {}
+    if (settings := getattr(role.base.model.config, "quantization_config", None)) is not None:
+        settings = copy.deepcopy(settings)
+        settings.llm_int8_skip_modules = ["score"]
+        quantized = {"quantization_config": settings, "device_map": {"": device}}
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype, **quantized)
+    keep_4bit_layout(model)
+    opened = PeftModel.from_pretrained(model, str(folder)).eval()
+    return opened if quantized else opened.to(device)

@@ -25,7 +25,7 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
 from rlhf_cli.runs.trackers import open_trackers
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, snapshot
 from rlhf_cli.train.engine import Engine
 
 
@@ -72,7 +72,7 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     torch.manual_seed(engine.recipe.seed)
     saved = resume_point(run, engine.display)
     if saved is not None:
-        engine.restore(saved)
+        snapshot.restore(engine, saved)
     elif run.status == "resume":
         engine.display.warn("no whole checkpoint is left: starting over")
         run.rewind({})

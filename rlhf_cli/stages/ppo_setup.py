@@ -14,7 +14,7 @@ from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, Text, load_text
 from rlhf_cli.models.build import frozen_role, scalar_head
-from rlhf_cli.models.roles import Role
+from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.schema import PPORecipe
 from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.rollouts.rewards import FunctionReward, ModelReward, Reward, load_function, model_reward
@@ -111,6 +111,7 @@ def _copy(recipe: PPORecipe, base: Base, adapter: str | None, weight: torch.Tens
     config = copy.deepcopy(adapters.adapter_config(base, adapter))
     tensors = {k: v.detach().clone() for k, v in adapters.adapter_tensors(base, adapter).items()}
     adapters.add_adapter(base, "critic", config, tensors)
+    disable_dropout(base)
     return Role("critic", base, "critic", scalar_head(base, weight, bias), trained=True)
 
 

@@ -89,9 +89,6 @@ def save(engine: Engine, reward: Role, text: Text, data: Prepared, folder: Path)
     mean, std = float(scores.mean()), float(scores.std())
     statistics = {"mean": mean, "std": max(std, 1e-6), "completions": len(scores), "held_out": bool(data.eval)}
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
-    if getattr(reward.base.model, "is_quantized", False):
-        engine.display.note("round trip: not proved on a quantised base; plain transformers opens it unquantised")
-        return
     check_round_trip(engine, reward, text, pairs[:4], parts[:4], folder)
 
 
@@ -99,7 +96,7 @@ def check_round_trip(
     engine: Engine, reward: Role, text: Text, pairs: list[Sample], parts: list[torch.Tensor], folder: Path
 ) -> None:
     """ModelError when the saved folder, opened as a sequence classifier, scores a few rows otherwise."""
-    opened = open_reward(folder, text, reward).to(reward.base.device)
+    opened = open_reward(folder, text, reward)
     gaps = []
     for pair, known in zip(pairs, parts, strict=True):
         for completion, score in zip(pair.completions, known, strict=True):

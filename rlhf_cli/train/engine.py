@@ -29,7 +29,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.trackers import Trackers
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
 
 
@@ -274,44 +274,7 @@ class Engine:
 
     def save(self) -> None:
         """A whole checkpoint of this moment."""
-        tensors: dict[str, dict[str, Tensor]] = {}
-        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "budget": self.budget,
-                                 "sizes": self.run.sizes(), "learners": {}, "kept": {}}  # fmt: skip
-        for name, learner in self.learners.items():
-            tensors[name] = learner.role.tensors()
-            tensors[f"{name}-optimizer"], optimizer = checkpoint.save_optimizer(learner.optimizer)
-            state["learners"][name] = {
-                "optimizer": optimizer,
-                "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
-                "scaler": learner.scaler.state_dict(),
-            }
-        tensors |= self.kept_tensors
-        tensors["random"], state["random"] = checkpoint.random_state()
-        state["kept"] = {name: thing.state_dict() for name, thing in self.kept.items()}
-        checkpoint.save(self.run.checkpoints, f"step-{self.step:06d}", tensors, state, self.recipe.checkpoint.keep)
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on exactly where the checkpoint was written."""
-        state = saved.state
-        self.step, self.tokens = state["step"], state["tokens"]
-        if self.recipe.training.micro_batch_tokens == "auto":
-            self.budget = state["budget"]
-        for name, learner in self.learners.items():
-            learner.role.load_tensors(saved.tensors(name))
-            kept = state["learners"][name]
-            checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
-            learner.scheduler.load_state_dict(kept["scheduler"])
-            if kept["scaler"]:
-                learner.scaler.load_state_dict(kept["scaler"])
-        for name, thing in self.kept.items():
-            thing.load_state_dict(state["kept"][name])
-        for name, own in self.kept_tensors.items():
-            for key, tensor in saved.tensors(name).items():
-                own[key].copy_(tensor)
-        checkpoint.set_random_state(saved.tensors("random"), state["random"])
-        for warning in self.run.rewind(state["sizes"]):
-            self.display.warn(warning)
-        self.display.note(f"resumed from {saved.path}")
+        snapshot.save(self)
 
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
         """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""

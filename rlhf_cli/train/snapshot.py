@@ -1,0 +1,61 @@
+"""What a checkpoint holds of an engine, and how an engine goes on from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rlhf_cli.train import checkpoint
+
+if TYPE_CHECKING:
+    from rlhf_cli.train.engine import Engine
+
+
+def save(engine: Engine) -> None:
+    """A whole checkpoint of this moment: trained tensors, optimisers, schedules, generators, and all that is kept."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {
+        "step": engine.step,
+        "tokens": engine.tokens,
+        "budget": engine.budget,
+        "sizes": engine.run.sizes(),
+        "learners": {},
+        "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
+    }
+    for name, learner in engine.learners.items():
+        tensors[name] = learner.role.tensors()
+        tensors[f"{name}-optimizer"], optimizer = checkpoint.save_optimizer(learner.optimizer)
+        state["learners"][name] = {
+            "optimizer": optimizer,
+            "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scaler": learner.scaler.state_dict(),
+        }
+    tensors |= engine.kept_tensors
+    tensors["random"], state["random"] = checkpoint.random_state()
+    keep = engine.recipe.checkpoint.keep
+    checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep)
+
+
+def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
+    """Go on exactly where the checkpoint was written; metric lines after it are cut off."""
+    state = saved.state
+    engine.step, engine.tokens = state["step"], state["tokens"]
+    if engine.recipe.training.micro_batch_tokens == "auto":
+        engine.budget = state["budget"]
+    for name, learner in engine.learners.items():
+        learner.role.load_tensors(saved.tensors(name))
+        kept = state["learners"][name]
+        checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
+        learner.scheduler.load_state_dict(kept["scheduler"])
+        if kept["scaler"]:
+            learner.scaler.load_state_dict(kept["scaler"])
+    for name, thing in engine.kept.items():
+        thing.load_state_dict(state["kept"][name])
+    for name, own in engine.kept_tensors.items():
+        for key, tensor in saved.tensors(name).items():
+            own[key].copy_(tensor)
+    checkpoint.set_random_state(saved.tensors("random"), state["random"])
+    for warning in engine.run.rewind(state["sizes"]):
+        engine.display.warn(warning)
+    engine.display.note(f"resumed from {saved.path}")
