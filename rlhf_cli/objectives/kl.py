@@ -56,11 +56,18 @@ class ProportionalKL(FixedKL):
         self.coef *= 1.0 + error * episodes / self.horizon
 
 
-class DoublingKL(FixedKL):
-    """KL >= 1.5 target doubles the coefficient, KL <= target / 1.5 halves it, within [1e-4, 1e3].
+def doubled(coef: float, kl: float, target: float) -> float:
+    """KL >= 1.5 target doubles a coefficient, KL <= target / 1.5 halves it, within [1e-4, 1e3].
 
     Schulman et al. 2017 (arXiv:1707.06347) section 4.
     """
+    if kl >= 1.5 * target:
+        return min(coef * 2.0, 1e3)
+    return max(coef / 2.0, 1e-4) if kl <= target / 1.5 else coef
+
+
+class DoublingKL(FixedKL):
+    """The rule of `doubled` (Schulman et al. 2017, arXiv:1707.06347) on the KL in nats summed over a completion."""
 
     def __init__(self, *, coef: float, target_kl_per_sequence: float) -> None:
         super().__init__(coef=coef)
@@ -68,7 +75,16 @@ class DoublingKL(FixedKL):
 
     def update(self, kl_per_sequence: float, episodes: int) -> None:
         """After a rollout of `episodes` completions with that mean KL."""
-        if kl_per_sequence >= 1.5 * self.target:
-            self.coef = min(self.coef * 2.0, 1e3)
-        elif kl_per_sequence <= self.target / 1.5:
-            self.coef = max(self.coef / 2.0, 1e-4)
+        self.coef = doubled(self.coef, kl_per_sequence, self.target)
+
+
+class PolicyPenalty(FixedKL):
+    """PPO-penalty's coefficient: the rule of `doubled` on the KL per token to the policy of the rollout."""
+
+    def __init__(self, *, coef: float, target_kl: float) -> None:
+        super().__init__(coef=coef)
+        self.target = target_kl
+
+    def follow(self, kl_per_token: float) -> None:
+        """After the updates of a rollout."""
+        self.coef = doubled(self.coef, kl_per_token, self.target)

@@ -11,8 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,11 +25,12 @@ from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_policy, load_reference
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
-from rlhf_cli.objectives.kl import DoublingKL, k3
-from rlhf_cli.objectives.masked import masked_mean, whiten
+from rlhf_cli.objectives.kl import PolicyPenalty, k3
+from rlhf_cli.objectives.masked import whiten
 from rlhf_cli.objectives.policy import clipped_policy, clipped_value, ratio
 from rlhf_cli.recipe.schema import PPORecipe
 from rlhf_cli.rollouts.experience import Experience, collect, token_rewards
+from rlhf_cli.rollouts.figures import figures
 from rlhf_cli.rollouts.generate import Sampling
 from rlhf_cli.rollouts.rewards import Reward, total
 from rlhf_cli.runs.directory import Run
@@ -38,21 +38,6 @@ from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import common, ppo_setup
 from rlhf_cli.train.engine import Engine, Losses
-
-
-@dataclass
-class Progress:
-    """Completions seen so far."""
-
-    episodes: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"episodes": self.episodes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.episodes = state["episodes"]
 
 
 def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None:
@@ -114,22 +99,21 @@ class PPO:
         controller = CONTROLLERS[self.settings.kl.name].load()
         self.kl = controller(**common.settings_of(self.settings.kl))
         self.estimator = ESTIMATORS[self.settings.advantage.name].load()
-        self.progress = Progress()
+        self.progress = ppo_setup.Progress()
         engine.kept |= {"kl": self.kl, "progress": self.progress}
-        self.penalty: DoublingKL | None = None
+        self.penalty: PolicyPenalty | None = None
         if self.settings.penalty is not None:
-            wanted = self.settings.penalty
-            self.penalty = DoublingKL(coef=wanted.coef, target_kl_per_sequence=wanted.target_kl)
+            self.penalty = PolicyPenalty(**self.settings.penalty.model_dump())
             engine.kept["penalty"] = self.penalty
 
     # --- steps 1 to 3 ------------------------------------------------------------------------------------------------
 
     def roll_out(
-        self, tasks: list[Task], samples: list[Sample], each: int, seed: int
+        self, tasks: list[Task], samples: list[Sample], each: int, seed: int, critic: Role | None
     ) -> tuple[Experience, Tensor, dict[str, float]]:
         """Completions of the prompts, their scores (N,), and the figures of the rewards."""
         experience = collect(
-            self.engine.infer, self.policy, self.reference, self.critic, tasks, [s.prompt for s in samples],
+            self.engine.infer, self.policy, self.reference, critic, tasks, [s.prompt for s in samples],
             self.text.template, self.stop_ids, each, self.sampling, seed,
         )  # fmt: skip
         scores, metrics = total(self.rewards, experience.rollout, self.engine.infer)
@@ -138,7 +122,7 @@ class PPO:
     def iterate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """One rollout and its updates."""
         seed = self.seed + self.engine.step + 1
-        experience, raw, metrics = self.roll_out(tasks, samples, self.each, seed)
+        experience, raw, metrics = self.roll_out(tasks, samples, self.each, seed, self.critic)
         if self.engine.step == 0:
             ppo_setup.check_first_rollout(experience, self.policy, self.engine.display)
         scores = raw - self.settings.missing_eos_penalty * (~experience.finished).float()
@@ -173,7 +157,7 @@ class PPO:
         means["policy/ratio_first"] = history[0]["val/ratio"]
         if self.penalty is not None:
             means["policy/penalty_coef"] = self.penalty.coef
-            self.penalty.update(history[-1]["policy/approxkl"], rows)
+            self.penalty.follow(history[-1]["policy/approxkl"])
         return means
 
     def update(
@@ -229,11 +213,7 @@ class PPO:
 
     def evaluate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """Scores of one completion of each held-out prompt, always drawn from the same uniforms."""
-        critic, self.critic = self.critic, None
-        try:
-            experience, scores, metrics = self.roll_out(tasks, samples, 1, self.seed)
-        finally:
-            self.critic = critic
+        experience, scores, metrics = self.roll_out(tasks, samples, 1, self.seed, None)
         rollout = experience.rollout
         for i in range(min(self.engine.recipe.evaluation.samples, len(tasks))):
             self.engine.run.sample({
@@ -244,32 +224,3 @@ class PPO:
         keep = ("objective/scores", "objective/kl", "completions/mean_length", "completions/eos_rate")
         values = figures(experience, scores, scores, None, self.kl.coef)
         return {f"eval/{k}": v for k, v in (metrics | {k: values[k] for k in keep}).items()}
-
-
-def figures(
-    experience: Experience, raw: Tensor, scores: Tensor, returns: Tensor | None, kl_coef: float
-) -> dict[str, float]:
-    """What a rollout tells, under the names of the field's dashboards. raw, scores (N,): before and after penalties."""
-    log_ratio = torch.where(experience.mask, experience.logp - experience.reference_logp, 0.0)
-    kl = log_ratio.sum(1)  # (N,)
-    out = {
-        "objective/scores": float(raw.mean()),
-        "objective/scores_std": float(raw.std(correction=0)),
-        "objective/kl": float(kl.mean()),
-        "objective/kl_k3_per_token": float(
-            masked_mean(k3(experience.logp, experience.reference_logp), experience.mask)
-        ),
-        "objective/entropy": float(masked_mean(experience.entropy, experience.mask)),
-        "objective/non_score_reward": float(-kl_coef * kl.mean()),
-        "objective/rlhf_reward": float(scores.mean() - kl_coef * kl.mean()),
-        "kl_coef": float(kl_coef),
-        "completions/mean_length": float(experience.lengths.float().mean()),
-        "completions/eos_rate": float(experience.finished.float().mean()),
-        "rollout/logprob_gap_max": float((experience.sampled_logp - experience.logp).abs().max()),
-    }
-    if returns is not None and experience.values is not None:
-        target, error = returns[experience.mask], (returns - experience.values)[experience.mask]
-        spread = float(target.var(correction=0))
-        out["val/explained_variance"] = 1.0 - float(error.var(correction=0)) / spread if spread > 0 else 0.0
-        out["val/mean"] = float(masked_mean(experience.values, experience.mask))
-    return out

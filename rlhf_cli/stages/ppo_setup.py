@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +22,21 @@ from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.rollouts.rewards import FunctionReward, ModelReward, Reward, load_function, model_reward
 from rlhf_cli.runs.display import Display
 from rlhf_cli.stages import common
+
+
+@dataclass
+class Progress:
+    """Completions seen so far."""
+
+    episodes: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"episodes": self.episodes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.episodes = state["episodes"]
 
 
 def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:

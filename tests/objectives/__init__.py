@@ -1,0 +1,8 @@
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"tests.objectives.{name}" for name in (
+        "support", "masked_checks", "logprob_checks", "likelihood_checks", "preference_checks", "policy_checks",
+        "advantage_checks", "kl_checks", "experience_checks",
+    ))
+)  # fmt: skip

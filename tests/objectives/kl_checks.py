@@ -1,0 +1,127 @@
+"""Estimates of KL divergences, and controllers of coefficients."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from tests.objectives.support import checks_of, close, differentiates, doubles, finite, gradients, leaf
+
+P, Q = doubles(0.5, 0.3, 0.2), doubles(0.2, 0.5, 0.3)
+
+
+def check_k1_k3_by_hand(m: Any) -> None:
+    x, zero = doubles(math.log(2), -math.log(2), 0), doubles(0, 0, 0)
+    close(m.k1(x, zero), [0.69314718, -0.69314718, 0.0])
+    # 1/2 - 1 + log 2 and 2 - 1 - log 2
+    close(m.k3(x, zero), [0.19314718, 0.30685282, 0.0])
+    assert float(m.k3(x, x).abs().sum()) == 0.0
+
+
+def check_expectation_is_the_kl(m: Any) -> None:
+    log_p, log_q = P.log(), Q.log()
+    for p, log_own, log_other in ((P, log_p, log_q), (Q, log_q, log_p)):
+        exact = float((p * (log_own - log_other)).sum())
+        close((p * m.k1(log_own, log_other)).sum(), exact, 1e-12)
+        close((p * m.k3(log_own, log_other)).sum(), exact, 1e-12)
+    assert bool((m.k3(log_p, log_q) > 0).all())
+
+
+def check_k1_belongs_in_the_reward(m: Any) -> None:
+    # As a reward, E[k1 grad log p] is the gradient of the KL; as a loss, E[grad k1] is zero.
+    logits = leaf(P.log())
+    log_q = Q.log()
+    exact = (torch.softmax(logits, -1) * (torch.log_softmax(logits, -1) - log_q)).sum()
+    (wanted,) = gradients(exact, logits)
+    log_p = torch.log_softmax(logits, -1)
+    (as_reward,) = gradients(P * m.k1(log_p, log_q).detach() * log_p, logits)
+    close(as_reward, wanted, 1e-9)
+    (as_loss,) = gradients(P * m.k1(torch.log_softmax(logits, -1), log_q), logits)
+    close(as_loss, torch.zeros(3), 1e-9)
+
+
+def check_k3_numbers(m: Any) -> None:
+    x = torch.tensor([1e-3, -1e-3])
+    close(m.k3(x, torch.zeros(2)) * 1e6, [0.4998, 0.5002], 2e-3)  # x^2 / 2 -+ x^3 / 6
+    far = leaf(torch.tensor([1e4, -1e4]))
+    out = m.k3(far, torch.zeros(2))
+    close(out, [20.0 - 1, math.exp(20) - 1 - 20], 1e-6)
+    assert finite(out, *gradients(out, far))
+    inside = m.k3(doubles(19.9, -19.9), doubles(0, 0))
+    close(inside, [math.exp(-19.9) + 18.9, math.exp(19.9) - 20.9], 1e-9)
+
+
+def check_k3_gradient(m: Any) -> None:
+    # On samples of the old policy: d k3(old, new) / d new = ratio - 1.
+    old, new = doubles(-1, -2), leaf(doubles(-1.5, -1.2))
+    (g,) = gradients(m.k3(old, new), new)
+    close(g, torch.exp(new - old) - 1)
+    assert differentiates(m.k3, doubles(-1, -2, -3), doubles(-1.5, -1.2, -3.0))
+    assert differentiates(m.k1, doubles(-1, -2), doubles(-1.5, -1.2))
+
+
+def check_fixed(m: Any) -> None:
+    controller = m.FixedKL(coef=0.05)
+    for kl in (0.0, 100.0, -5.0):
+        controller.update(kl, 64)
+    assert controller.coef == 0.05
+
+
+def check_proportional(m: Any) -> None:
+    settings = {"coef": 0.2, "target_kl_per_sequence": 6.0, "horizon": 1000.0}
+
+    def after(kl: float, episodes: int) -> float:
+        controller = m.ProportionalKL(**settings)
+        controller.update(kl, episodes)
+        return controller.coef
+
+    assert after(6.0, 64) == 0.2, "at the target nothing changes"
+    assert math.isclose(after(6.6, 64), 0.2 * (1 + 0.1 * 64 / 1000))  # 10 % too high
+    assert math.isclose(after(5.4, 64), 0.2 * (1 - 0.1 * 64 / 1000))
+    for kl in (7.3, 60.0, 1e6):
+        assert math.isclose(after(kl, 64), 0.2 * (1 + 0.2 * 64 / 1000)), "the error is clipped at 0.2"
+    for kl in (4.7, 0.0, -50.0):
+        assert math.isclose(after(kl, 64), 0.2 * (1 - 0.2 * 64 / 1000))
+    controller = m.ProportionalKL(**settings)
+    for _ in range(8):
+        controller.update(6.6, 4)
+    assert math.isclose(controller.coef, after(6.6, 32), rel_tol=1e-5), "8 calls of 4 are about one of 32"
+    assert after(0.0, 10**6) > 0, "a horizon shorter than the step must not turn the penalty into a bonus"
+
+
+def check_doubling(m: Any) -> None:
+    def after(kl: float, coef: float = 0.1) -> float:
+        controller = m.DoublingKL(coef=coef, target_kl_per_sequence=6.0)
+        controller.update(kl, 64)
+        return controller.coef
+
+    assert after(9.0) == after(1e9) == 0.2  # 1.5 x 6 = 9
+    assert after(4.0) == after(-3.0) == 0.05  # 6 / 1.5 = 4
+    assert after(8.99) == after(6.0) == after(4.01) == 0.1
+    assert after(9.0, coef=700.0) == 1e3
+    assert after(4.0, coef=1.5e-4) == 1e-4
+    assert after(9.0, coef=500.0) == 1e3
+    assert after(4.0, coef=4e-4) == 2e-4
+
+
+def check_controllers_resume(m: Any) -> None:
+    def fresh() -> list[Any]:
+        return [
+            m.FixedKL(coef=0.3),
+            m.ProportionalKL(coef=0.3, target_kl_per_sequence=6.0, horizon=100.0),
+            m.DoublingKL(coef=0.3, target_kl_per_sequence=6.0),
+        ]
+
+    for going, resumed in zip(fresh(), fresh(), strict=True):
+        going.update(10.0, 16)
+        resumed.load_state_dict(json.loads(json.dumps(going.state_dict())))
+        assert resumed.coef == going.coef
+        going.update(3.0, 16)
+        resumed.update(3.0, 16)
+        assert resumed.coef == going.coef
+
+
+CHECKS = checks_of(globals())

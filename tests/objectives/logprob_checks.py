@@ -1,0 +1,159 @@
+"""Log-probabilities of tokens from hidden states, in chunks. T tokens, H hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.objectives.support import checks_of, close, finite, gradients, leaf
+
+T, H, V = 15, 6, 23
+CAP = 5.0
+CHUNKS = (1, 7, T, T + 1, None)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (T, H), weight (V, H), bias (V,), ids (T,)."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(T, H, generator=generator).to(dtype)
+    weight = (torch.randn(V, H, generator=generator) * 1.5).to(dtype)
+    bias = torch.randn(V, generator=generator).to(dtype)
+    return leaf(hidden), leaf(weight), leaf(bias), torch.randint(V, (T,), generator=generator)
+
+
+def head_of(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """A head with a bias and soft-capped logits."""
+    return lambda hidden: CAP * torch.tanh((hidden @ weight.T + bias) / CAP)
+
+
+def naive(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """(3, T): logp, entropy, mean, token by token, in float64."""
+    rows = []
+    for row, token in zip(logits.double() / temperature, ids.tolist(), strict=True):
+        log_p = torch.log_softmax(row, dim=-1)
+        rows.append(torch.stack([log_p[token], -(log_p.exp() * log_p).sum(), log_p.mean()]))
+    return torch.stack(rows, dim=1)
+
+
+def check_token_logp_by_hand(m: Any) -> None:
+    # Logits log 1, log 2, log 5: p = 1/8, 2/8, 5/8.
+    hidden = torch.tensor([[0.0, math.log(2), math.log(5)]])
+    out = m.token_logp(hidden, lambda h: h, torch.tensor([1]))
+    close(out.logp, [math.log(1 / 4)], 1e-6)
+    entropy = -(1 / 8 * math.log(1 / 8) + 1 / 4 * math.log(1 / 4) + 5 / 8 * math.log(5 / 8))
+    close(out.entropy, [entropy], 1e-6)
+    close(out.mean, [(math.log(1 / 8) + math.log(1 / 4) + math.log(5 / 8)) / 3], 1e-6)
+    # Temperature 1/2 squares the weights: 1, 4, 25.
+    close(m.token_logp(hidden, lambda h: h, torch.tensor([2]), 0.5).logp, [math.log(25 / 30)], 1e-6)
+
+
+def check_token_logp_chunks(m: Any) -> None:
+    for temperature in (0.7, 1.0, 1.3):
+        h, w, b, ids = inputs()
+        expected = naive(head_of(w, b)(h), ids, temperature)
+        weight = torch.linspace(-1, 2, T)
+        wanted = [gradients(row * weight, h, w, b) for row in naive(head_of(w, b)(h), ids, temperature).unbind(0)]
+        for chunk in CHUNKS:
+            out = m.token_logp(h, head_of(w, b), ids, temperature, chunk)
+            for value, plain in zip(out, expected, strict=True):
+                close(value, plain.float(), 1e-5)
+            for value, plain_gradients in zip(out, wanted, strict=True):
+                again = torch.autograd.grad((value * weight).sum(), (h, w, b), retain_graph=True)
+                for ours, theirs in zip(again, plain_gradients, strict=True):
+                    close(ours, theirs.float(), 1e-5)
+
+
+def check_entropy_gradient(m: Any) -> None:
+    # dH / dz = -p (log p + H); the uniform distribution has entropy log V and gradient 0.
+    logits = torch.tensor([[0.5, -1.0, 2.0], [0.7, 0.7, 0.7]])
+    x = leaf(logits)
+    out = m.token_logp(x, lambda h: h, torch.tensor([0, 1]))
+    (g,) = gradients(out.entropy, x)
+    log_p = torch.log_softmax(logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    close(g, -log_p.exp() * (log_p + entropy), 1e-6)
+    close(g[1], torch.zeros(3), 1e-6)
+    close(out.entropy[1], math.log(3), 1e-6)
+
+
+def check_logits_are_never_whole(m: Any) -> None:
+    h, w, b, ids = inputs()
+    seen: list[int] = []
+
+    def head(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return head_of(w, b)(hidden)
+
+    out = m.token_logp(h, head, ids, chunk=4)
+    assert seen == [4, 4, 4, 3]
+    out.logp.sum().backward()
+    assert len(seen) == 8, "the backward pass recomputes each chunk"
+    assert max(seen) == 4
+    seen.clear()
+    with torch.no_grad():
+        close(m.token_logp(h, head, ids, chunk=4).logp, out.logp)
+    assert seen == [4, 4, 4, 3]
+
+
+def check_default_chunk(m: Any) -> None:
+    seen: list[int] = []
+
+    def head(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return hidden
+
+    with torch.no_grad():
+        m.token_logp(torch.zeros(1030, 2), head, torch.zeros(1030, dtype=torch.int64))
+        assert seen == [512, 512, 6]
+        seen.clear()
+        m.token_logp(torch.zeros(5, 2), head, torch.zeros(5, dtype=torch.int64), vocabulary=m.CHUNK_ELEMENTS // 2)
+        assert seen == [2, 2, 1]
+        seen.clear()
+        m.token_logp(torch.zeros(2, 2), head, torch.zeros(2, dtype=torch.int64), vocabulary=m.CHUNK_ELEMENTS * 2)
+        assert seen == [1, 1]
+    assert m.CHUNK_ELEMENTS * 4 == 64 * 2**20
+
+
+def check_half_precision_is_upcast(m: Any) -> None:
+    h, w, b, ids = inputs(torch.bfloat16)
+    logits = head_of(w, b)(h)
+    assert logits.dtype == torch.bfloat16
+    out = m.token_logp(h, head_of(w, b), ids, chunk=T)
+    for value, plain in zip(out, naive(logits, ids, 1.0), strict=True):
+        assert value.dtype == torch.float32
+        close(value, plain.float(), 1e-5)
+    (g,) = gradients(out.logp, h)
+    assert g.dtype == torch.bfloat16
+    assert finite(g)
+
+
+def check_no_tokens(m: Any) -> None:
+    _, w, b, _ = inputs()
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = leaf(torch.zeros(0, H, dtype=dtype))
+        out = m.token_logp(hidden, head_of(w, b), torch.zeros(0, dtype=torch.int64))
+        for value in out:
+            assert value.shape == (0,)
+            assert value.dtype == torch.float32
+        out.logp.sum().backward()
+        assert hidden.grad is not None
+        assert hidden.grad.shape == (0, H)
+        assert out.mean.requires_grad
+
+
+def check_extreme_logits(m: Any) -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [1e30, 1e30, -1e30]])
+    x = leaf(logits)
+    out = m.token_logp(x, lambda h: h, torch.tensor([0, 1, 1]))
+    close(out.logp[:2], [0.0, -2e4])
+    close(out.entropy[:2], [0.0, 0.0])
+    assert finite(*out)
+    for value in out:
+        assert finite(*torch.autograd.grad(value.sum(), x, retain_graph=True))
+
+
+CHECKS = checks_of(globals())

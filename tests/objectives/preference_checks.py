@@ -1,0 +1,497 @@
+"""Preference objectives. B examples; u = policy - reference, D = u of chosen - u of rejected."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.objectives.support import (
+    checks_of,
+    close,
+    differentiates,
+    doubles,
+    finite,
+    gradients,
+    leaf,
+    refuses,
+    untouched,
+)
+
+Loss = Callable[..., Any]
+LOG2 = math.log(2)
+DPO = {"beta": 0.5, "label_smoothing": 0.0}
+IPO = {"beta": 0.1, "average": True}
+KTO = {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 2.0}
+ODPO = {"beta": 0.5, "alpha": 1.0, "offset": "log"}
+SIMPO: dict[str, Any] = {"beta": 2.0, "gamma": 0.5, "gamma_beta_ratio": None, "sft_weight": 0.0}
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x) = -log sigma(-x)."""
+    return math.log1p(math.exp(x))
+
+
+def pair(m: Any, chosen: Tensor, rejected: Tensor, lengths: tuple[list[int], list[int]] | None = None) -> Any:
+    """Sums (B,) with lengths 1 unless given."""
+    first, second = lengths or ([1] * len(chosen), [1] * len(chosen))
+    return m.Pair(chosen, rejected, torch.tensor(first), torch.tensor(second))
+
+
+def two(m: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, list[Tensor]]:
+    """policy, reference with u = (1, -1) and (0, 2), so D = 2 and -2; and the four tensors, all taking gradients."""
+    numbers = ([-10.0, -20.0], [-12.0, -18.0], [-11.0, -20.0], [-11.0, -20.0])
+    leaves = [leaf(torch.tensor(n, dtype=dtype)) for n in numbers]
+    return pair(m, *leaves[:2]), pair(m, *leaves[2:]), leaves
+
+
+def equal(m: Any, size: int = 3) -> tuple[Any, Any]:
+    """A policy that is its reference."""
+    chosen, rejected = torch.linspace(-9, -3, size), torch.linspace(-1, -30, size)
+    lengths = (list(range(1, size + 1)), list(range(size + 1, 1, -1)))
+    return pair(m, leaf(chosen), leaf(rejected), lengths), pair(m, chosen, rejected, lengths)
+
+
+def extreme(m: Any) -> tuple[Any, Any, list[Tensor]]:
+    """float32: +-1e4 nats apart, equal, and empty completions."""
+    chosen = leaf(torch.tensor([-1e4, 0.0, -1e4, -3.0, 0.0]))
+    rejected = leaf(torch.tensor([0.0, -1e4, -1e4, -3.0, 0.0]))
+    lengths = ([1, 7, 10, 2, 0], [5, 1, 10, 2, 0])
+    zero = torch.zeros(5)
+    return pair(m, chosen, rejected, lengths), pair(m, zero, zero, lengths), [chosen, rejected]
+
+
+def holds(judged: Any, inputs: list[Tensor]) -> bool:
+    """Loss, rewards and gradients are finite."""
+    return finite(judged.loss, judged.rewards, *gradients(judged.loss, *inputs))
+
+
+# --- building blocks -------------------------------------------------------------------------------------
+
+
+def check_average(m: Any) -> None:
+    chosen, rejected = pair(m, doubles(-6, 0), doubles(-6, -1), ([2, 0], [3, 1])).average()
+    close(chosen, [-3.0, 0.0])
+    close(rejected, [-2.0, -1.0])
+
+
+def check_log1mexp(m: Any) -> None:
+    decimal.getcontext().prec = 90
+    points = [-(10.0**e) for e in range(-37, 2)] + [-0.69, -0.6931471, -0.694, -0.7, -2.0, -17.0, -80.0]
+    x = leaf(torch.tensor(points))
+    exact = [float((1 - decimal.Decimal(v).exp()).ln()) for v in x.tolist()]
+    out = m.log1mexp(x)
+    torch.testing.assert_close(out.detach(), torch.tensor(exact), rtol=5e-7, atol=0.0)
+    (g,) = gradients(out, x)
+    slope = [-1 / math.expm1(-v) for v in x.tolist()]  # -e^x / (1 - e^x)
+    torch.testing.assert_close(g, torch.tensor(slope), rtol=1e-6, atol=1e-37)
+    far = leaf(torch.tensor([-1e4, -1e30]))
+    close(m.log1mexp(far), [0.0, 0.0])
+    close(gradients(m.log1mexp(far), far)[0], [0.0, 0.0])
+    assert differentiates(m.log1mexp, doubles(-0.01, -0.5, -0.8, -3.0))
+
+
+def check_half_precision_is_upcast(m: Any) -> None:
+    numbers = ([-1040.0, -5.0], [-1064.0, -7.0], [-1000.0, -4.0], [-996.0, -2.0])  # exact in bfloat16
+    lengths = ([3, 7], [11, 3])
+    scores, desirable = torch.tensor([[0.71875, 0.2109375], [3.0, 0.6640625]]), torch.tensor([True, False])
+
+    def everything(dtype: torch.dtype) -> list[Any]:
+        c, r, rc, rr = (torch.tensor(n, dtype=dtype) for n in numbers)
+        policy, reference = pair(m, c, r, lengths), pair(m, rc, rr, lengths)
+        return [
+            m.bradley_terry(c / 128, r / 128, torch.zeros(2, dtype=dtype), centring=0.01),
+            m.dpo(policy, reference, beta=0.1, label_smoothing=0.1),
+            m.ipo(policy, reference, beta=0.1, average=True),
+            m.ipo(policy, reference, beta=0.1, average=False),
+            m.kto(c, rc, desirable, torch.tensor(0.5, dtype=dtype), **(KTO | {"beta": 0.1})),
+            *(m.odpo(policy, reference, scores.to(dtype), **(ODPO | {"offset": o, "beta": 0.1}))
+              for o in ("log", "log1p", "ratio")),
+            m.orpo(policy, beta=0.3),
+            m.simpo(policy, **(SIMPO | {"beta": 0.3})),
+        ]  # fmt: skip
+
+    for half in (torch.bfloat16, torch.float16):
+        for low, exact in zip(everything(half), everything(torch.float64), strict=True):
+            assert low.loss.dtype == torch.float32
+            assert low.rewards.dtype == torch.float32
+            close(low.loss, exact.loss.float(), 2e-5)
+            close(low.rewards, exact.rewards.float(), 2e-5)
+
+
+# --- reward models ---------------------------------------------------------------------------------------
+
+
+def check_bradley_terry_by_hand(m: Any) -> None:
+    # 2 - 1 - 0.5 = 0.5: log(1 + e^-0.5) = 0.4740770; centring 0.01 x 3^2 = 0.09
+    chosen, rejected, margin = leaf(doubles(2)), leaf(doubles(1)), doubles(0.5)
+    plain = m.bradley_terry(chosen, rejected, margin, centring=0.0)
+    close(plain.loss, [0.4740770], 1e-7)
+    close(plain.rewards, [[2.0, 1.0]])
+    centred = m.bradley_terry(chosen, rejected, margin, centring=0.01)
+    close(centred.loss, [0.5640770], 1e-7)
+    # -sigma(-0.5) = -0.3775407; centring adds 2 x 0.01 x 3 = 0.06 to both
+    close(torch.stack(gradients(plain.loss, chosen, rejected)), [[-0.3775407], [0.3775407]], 1e-7)
+    close(torch.stack(gradients(centred.loss, chosen, rejected)), [[-0.3175407], [0.4375407]], 1e-7)
+    assert not plain.rewards.requires_grad
+    assert plain.likelihood == 0
+
+
+def check_bradley_terry_limits(m: Any) -> None:
+    same = m.bradley_terry(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 3.0]), torch.zeros(2), centring=0.0)
+    close(same.loss, [LOG2, LOG2])
+    chosen, rejected = leaf(torch.tensor([-1e4, 1e4, -89.0, 17.0])), leaf(torch.tensor([1e4, -1e4, 0.0, 0.0]))
+    far = m.bradley_terry(chosen, rejected, torch.zeros(4), centring=0.0)
+    close(far.loss[:3], [2e4, 0.0, 89.0])
+    g, h = gradients(far.loss, chosen, rejected)
+    close(g[:3], [-1.0, 0.0, -1.0])
+    close(g[3] * 1e8, -4.1399376, 1e-4)  # -sigma(-17) is not rounded to 0
+    close(h, -g)
+    assert differentiates(
+        lambda a, b: m.bradley_terry(a, b, doubles(0, 0.5, 1), centring=0.01).loss, doubles(1, -2, 3), doubles(0, 2, 3)
+    )
+
+
+# --- DPO -------------------------------------------------------------------------------------------------
+
+
+def check_dpo_by_hand(m: Any) -> None:
+    # D = 2 and -2, beta 0.5: z = 1 and -1. log(1 + 1/e) = 0.3132617, log(1 + e) = 1.3132617
+    policy, reference, _ = two(m)
+    plain = m.dpo(policy, reference, **DPO)
+    close(plain.loss, [0.3132617, 1.3132617], 1e-7)
+    close(plain.rewards, [[0.5, -0.5], [0.0, 1.0]])
+    # eps 0.1: 0.9 x 0.3132617 + 0.1 x 1.3132617, and the other way round
+    smooth = m.dpo(policy, reference, beta=0.5, label_smoothing=0.1)
+    close(smooth.loss, [0.4132617, 1.2132617], 1e-7)
+    assert not plain.rewards.requires_grad
+    assert plain.likelihood == 0
+
+
+def check_dpo_gradient(m: Any) -> None:
+    # d loss / d chosen = beta (sigma(z) - (1 - eps)) and minus that; nothing into the reference.
+    for eps in (0.0, 0.1):
+        policy, reference, leaves = two(m)
+        loss = m.dpo(policy, reference, beta=0.5, label_smoothing=eps).loss
+        assert untouched(loss, *leaves[2:])
+        g, h = gradients(loss, *leaves[:2])
+        close(g, [0.5 * (sigma(1) - (1 - eps)), 0.5 * (sigma(-1) - (1 - eps))])
+        close(h, -g)
+        assert differentiates(
+            lambda c, r, e=eps: m.dpo(pair(m, c, r), two(m)[1], beta=0.5, label_smoothing=e).loss,
+            doubles(-10, -20),
+            doubles(-12, -18),
+        )
+    # Smoothing puts the minimum at sigma(z) = 0.9, z = log 9.
+    chosen = leaf(doubles(math.log(9) / 0.5))
+    zero = doubles(0)
+    lowest = m.dpo(pair(m, chosen, zero), pair(m, zero, zero), beta=0.5, label_smoothing=0.1)
+    close(gradients(lowest.loss, chosen)[0], [0.0])
+
+
+def check_dpo_limits(m: Any) -> None:
+    for eps in (0.0, 0.2):
+        start = m.dpo(*equal(m), beta=0.3, label_smoothing=eps)
+        close(start.loss, [LOG2] * 3, 1e-6)
+        close(start.rewards, torch.zeros(3, 2))
+        policy, reference, leaves = extreme(m)
+        judged = m.dpo(policy, reference, beta=0.1, label_smoothing=eps)
+        assert holds(judged, leaves)
+        close(judged.loss[:2], [(1 - eps) * 1e3, eps * 1e3], 1e-5)
+    chosen, zero = leaf(torch.tensor([17.0])), torch.zeros(1)
+    (g,) = gradients(m.dpo(pair(m, chosen, zero), pair(m, zero, zero), beta=1.0, label_smoothing=0.0).loss, chosen)
+    close(g * 1e8, [-4.1399376], 1e-4)
+
+
+# --- IPO -------------------------------------------------------------------------------------------------
+
+
+def _ipo(m: Any, average: bool) -> tuple[Any, list[Tensor]]:
+    """u = 4 over 2 tokens and -6 over 3: h = 2 + 2 averaged, 10 summed."""
+    leaves = [leaf(doubles(v)) for v in (-5.0, -16.0, -9.0, -10.0)]
+    policy, reference = pair(m, *leaves[:2], ([2], [3])), pair(m, *leaves[2:], ([2], [3]))
+    return m.ipo(policy, reference, beta=0.1, average=average), leaves
+
+
+def check_ipo_by_hand(m: Any) -> None:
+    # The target is 1 / 0.2 = 5: (4 - 5)^2 = 1 averaged, (10 - 5)^2 = 25 summed.
+    averaged, leaves = _ipo(m, True)
+    close(averaged.loss, [1.0])
+    close(averaged.rewards, [[0.4, -0.6]])
+    assert untouched(averaged.loss, *leaves[2:])
+    # 2 (h - 5) / length: -2 / 2 and +2 / 3
+    close(torch.cat(gradients(averaged.loss, *leaves[:2])), [-1.0, 2 / 3])
+    summed, leaves = _ipo(m, False)
+    close(summed.loss, [25.0])
+    close(summed.rewards, [[0.4, -0.6]])
+    assert untouched(summed.loss, *leaves[2:])
+    close(torch.cat(gradients(summed.loss, *leaves[:2])), [10.0, -10.0])
+    assert not summed.rewards.requires_grad
+    assert summed.likelihood == 0
+
+
+def check_ipo_limits(m: Any) -> None:
+    for average in (True, False):
+        start = m.ipo(*equal(m), beta=0.1, average=average)
+        close(start.loss, [25.0] * 3, 1e-6)  # 1 / (4 x 0.01)
+        close(start.rewards, torch.zeros(3, 2))
+        policy, reference, leaves = extreme(m)
+        assert holds(m.ipo(policy, reference, beta=0.1, average=average), leaves)
+        assert differentiates(
+            lambda c, r, a=average: (
+                m.ipo(pair(m, c, r, ([2, 5], [3, 1])), pair(m, r * 0, r * 0), beta=0.1, average=a).loss
+            ),
+            doubles(-1, -7),
+            doubles(-2, -3),
+        )
+
+
+# --- KTO -------------------------------------------------------------------------------------------------
+
+
+def _kto(m: Any, kl: Tensor) -> tuple[Any, list[Tensor]]:
+    """u = 2.5 and -1.5 with a KL of 0.5 and beta 0.5: sigma of 1 and -1; desirable, undesirable, desirable."""
+    policy, reference = leaf(doubles(-5, -9, -5)), leaf(doubles(-7.5, -7.5, -7.5))
+    return m.kto(policy, reference, torch.tensor([True, False, True]), kl, **KTO), [policy, reference]
+
+
+def check_kto_by_hand(m: Any) -> None:
+    # 1.5 (1 - sigma(1)) = 1.5 x 0.2689414 and 2 (1 - sigma(0.5 (0.5 + 1.5))) = 2 x 0.2689414
+    for kl in (doubles(0.5).squeeze(), doubles(0.5, 0.5, 0.5)):
+        judged, _ = _kto(m, kl)
+        close(judged.loss, [0.4034121, 0.5378828, 0.4034121], 1e-7)
+        close(judged.rewards, [[1.25], [-0.75], [1.25]])
+        assert not judged.rewards.requires_grad
+        assert judged.likelihood == 0
+
+
+def check_kto_gradient(m: Any) -> None:
+    # -w beta s (1 - s) for desirable rows, + for the others; s (1 - s) = 0.1966119 at +-1.
+    kl = leaf(doubles(0.5).squeeze())
+    judged, (policy, reference) = _kto(m, kl)
+    assert untouched(judged.loss, reference, kl)
+    (g,) = gradients(judged.loss, policy)
+    close(g, [-1.5 * 0.5 * 0.1966119, 2 * 0.5 * 0.1966119, -1.5 * 0.5 * 0.1966119], 1e-7)
+    good, bad = torch.tensor([True, True]), torch.tensor([False, False])
+    for label in (good, bad):
+        assert differentiates(
+            lambda p, d=label: m.kto(p, doubles(-7, -7), d, doubles(0.5).squeeze(), **KTO).loss, doubles(-5, -9)
+        )
+
+
+def check_kto_limits(m: Any) -> None:
+    labels = torch.tensor([True, False, True, False])
+    same = torch.tensor([-1.0, -2.0, -30.0, 0.0])
+    start = m.kto(leaf(same), same, labels, torch.zeros(()), **KTO)
+    close(start.loss, [0.75, 1.0, 0.75, 1.0])  # half the weight
+    close(start.rewards, torch.zeros(4, 1))
+    policy = leaf(torch.tensor([-1e4, -1e4, 1e4, 1e4]))
+    far = m.kto(policy, torch.zeros(4), labels, torch.zeros(()), **KTO)
+    close(far.loss, [1.5, 0.0, 0.0, 2.0])
+    assert holds(far, [policy])
+
+
+def check_kto_rows_are_alone(m: Any) -> None:
+    # A row's loss knows nothing of how many rows of each kind there are: the mean is over the mixed batch.
+    policy, reference = doubles(-5, -9, -5, -6), doubles(-7, -7, -7, -7)
+    labels = torch.tensor([True, False, True, True])
+    whole = m.kto(policy, reference, labels, doubles(0.5).squeeze(), **KTO)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = m.kto(policy[one], reference[one], labels[one], doubles(0.5).squeeze(), **KTO)
+        close(alone.loss, whole.loss[one])
+
+
+# --- ODPO ------------------------------------------------------------------------------------------------
+
+
+def check_odpo_by_hand(m: Any) -> None:
+    # z = 1 for the first pair of `two`, -1 for the second.
+    policy, reference, _ = two(m)
+    # gap 2: 1 - log 2 -> log(1 + 2 / e) = 0.5514447; gap 1/2: -1 + log 2 -> log(1 + e / 2) = 0.8584184... by softplus
+    scores = torch.tensor([[3.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    judged = m.odpo(policy, reference, scores, **ODPO)
+    close(judged.loss, [math.log(1 + 2 / math.e), math.log(1 + math.e / 2)])
+    close(judged.loss[0], 0.5514447, 1e-7)
+    close(judged.rewards, [[0.5, -0.5], [0.0, 1.0]])
+    assert not judged.rewards.requires_grad
+    assert judged.likelihood == 0
+    identity = m.odpo(policy, reference, scores, **(ODPO | {"offset": "identity", "alpha": 0.25}))
+    close(identity.loss, [softplus(-(1 - 0.5)), softplus(-(-1 - 0.125))])
+    # gap e - 1: log1p gives 1, so z - 1 = 0
+    log1p = m.odpo(policy, reference, doubles(math.e, 1, math.e, 1).view(2, 2), **(ODPO | {"offset": "log1p"}))
+    close(log1p.loss, [LOG2, softplus(2)])
+    # 4 / 2: the ratio gives log 2; 3 / 3 gives 0
+    ratio = m.odpo(policy, reference, doubles(4, 2, 3, 3).view(2, 2), **(ODPO | {"offset": "ratio"}))
+    close(ratio.loss, [math.log(1 + 2 / math.e), softplus(1)])
+
+
+def check_odpo_gradient(m: Any) -> None:
+    # -beta sigma(-(z - offset)) and minus that.
+    policy, reference, leaves = two(m)
+    scores = torch.tensor([[3.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    loss = m.odpo(policy, reference, scores, **ODPO).loss
+    assert untouched(loss, *leaves[2:])
+    g, h = gradients(loss, *leaves[:2])
+    close(g, [-0.5 * sigma(-(1 - LOG2)), -0.5 * sigma(-(-1 + LOG2))])
+    close(h, -g)
+    for offset in ("log", "identity", "log1p", "ratio"):
+        settings = ODPO | {"offset": offset, "alpha": 0.7}
+        assert differentiates(
+            lambda c, r, s=settings: m.odpo(pair(m, c, r), two(m)[1], scores, **s).loss,
+            doubles(-10, -20),
+            doubles(-12, -18),
+        )
+
+
+def check_odpo_start(m: Any) -> None:
+    gaps = {"log": LOG2, "identity": 2.0, "log1p": math.log(3), "ratio": math.log(3)}
+    for offset, shift in gaps.items():
+        judged = m.odpo(*equal(m), torch.tensor([[3.0, 1.0]] * 3), beta=0.1, alpha=0.5, offset=offset)
+        close(judged.loss, [softplus(0.5 * shift)] * 3, 1e-6)
+        close(judged.rewards, torch.zeros(3, 2))
+
+
+def check_odpo_empty_gap(m: Any) -> None:
+    for dtype in (torch.float32, torch.float64):
+        policy, reference, leaves = two(m, dtype)
+        scores = torch.tensor([[2.0, 2.0], [3.0, 1.0]], dtype=dtype)
+        judged = m.odpo(policy, reference, scores, **ODPO)
+        close(judged.loss, [0.0, softplus(1 + LOG2)], 1e-6)
+        assert float(judged.loss[0]) == 0.0
+        g, h = gradients(judged.loss, *leaves[:2])
+        assert float(g[0]) == float(h[0]) == 0.0
+        assert finite(g, h)
+        assert float(g[1]) < -0.1
+        for offset in ("identity", "log1p", "ratio"):
+            plain = m.odpo(policy, reference, torch.ones(2, 2, dtype=dtype), **(ODPO | {"offset": offset}))
+            close(plain.loss, m.dpo(policy, reference, **DPO).loss)
+
+
+def check_odpo_without_alpha_is_dpo(m: Any) -> None:
+    policy, reference, _ = two(m)
+    plain = m.dpo(policy, reference, **DPO)
+    for scores in ([[3.0, 1.0], [2.0, 2.0]], [[0.0, 0.0], [1.0, 5.0]]):
+        for offset in ("log", "identity", "log1p", "ratio"):
+            judged = m.odpo(
+                policy, reference, torch.tensor(scores, dtype=torch.float64),
+                **(ODPO | {"alpha": 0.0, "offset": offset}),
+            )  # fmt: skip
+            close(judged.loss, plain.loss)
+
+
+def check_odpo_refuses(m: Any) -> None:
+    policy, reference, _ = two(m)
+    for offset in ("log", "identity", "log1p", "ratio"):
+        wrong = torch.tensor([[3.0, 1.0], [1.0, 1.5]])
+        assert refuses(ValueError, m.odpo, policy, reference, wrong, **(ODPO | {"offset": offset}))
+    for low in (0.0, -1.0):
+        wrong = torch.tensor([[3.0, low], [1.0, 0.5]])
+        assert refuses(ValueError, m.odpo, policy, reference, wrong, **(ODPO | {"offset": "ratio"}))
+        assert finite(m.odpo(policy, reference, wrong, **ODPO).loss)
+
+
+def check_odpo_extremes(m: Any) -> None:
+    policy, reference, leaves = extreme(m)
+    scores = torch.tensor([[1e4, 0.5], [1.0, 1.0], [2.0, 1.0], [1e-30, 5e-31], [7.0, 7.0]])
+    for offset in ("log", "identity", "log1p", "ratio"):
+        assert holds(m.odpo(policy, reference, scores, **(ODPO | {"offset": offset})), leaves)
+
+
+# --- ORPO ------------------------------------------------------------------------------------------------
+
+
+def check_orpo_by_hand(m: Any) -> None:
+    # Averages log(1/2) over 2 tokens and log(1/5) over 4: odds 1 and 1/4, LO = log 4, log(1 + 1/4) = 0.2231436.
+    chosen, rejected = leaf(doubles(2 * math.log(0.5))), leaf(doubles(4 * math.log(0.2)))
+    judged = m.orpo(pair(m, chosen, rejected, ([2], [4])), beta=0.1)
+    close(judged.loss, [0.02231436], 1e-8)
+    close(judged.rewards, [[0.1 * math.log(0.5), 0.1 * math.log(0.2)]])
+    assert judged.likelihood == 1.0
+    assert not judged.rewards.requires_grad
+    # sigma(-LO) = 1/5: -0.1 x 0.2 / (1 - 1/2) / 2 tokens and 0.1 x 0.2 / (1 - 1/5) / 4 tokens
+    close(torch.cat(gradients(judged.loss, chosen, rejected)), [-0.02, 0.00625])
+    assert differentiates(
+        lambda c, r: m.orpo(pair(m, c, r, ([2, 3], [4, 1])), beta=0.3).loss, doubles(-1, -0.05), doubles(-0.4, -7)
+    )
+
+
+def check_orpo_limits(m: Any) -> None:
+    same = leaf(torch.tensor([-1.0, -0.01, -30.0]))
+    close(m.orpo(pair(m, same, same), beta=0.1).loss, [0.1 * LOG2] * 3)
+    policy, _, leaves = extreme(m)
+    judged = m.orpo(policy, beta=0.1)
+    assert holds(judged, leaves)
+    close(judged.loss[0], 0.1 * (1e4 - math.log(1e-7) - 2000 + 2000 + math.log(1e-7)) - 0.1 * 2000 + 200 - 0.0, 0.01)
+
+
+def check_orpo_certain(m: Any) -> None:
+    # Memorised completions: averages at and around 0 in float32, where log1p(-exp(m)) is -inf.
+    values = [0.0, -1e-9, -6e-8, -1e-7, -1.2e-7, -1e-6]
+    for other in (-1.0, -1e-8, 0.0):
+        chosen, rejected = leaf(torch.tensor(values)), leaf(torch.full((len(values),), other))
+        for first, second in ((chosen, rejected), (rejected, chosen)):
+            assert holds(m.orpo(pair(m, first, second), beta=0.1), [chosen, rejected])
+    # At -1e-6 the odds are 1 / 1e-6 to six digits; against average log(1/2), whose odds are 1: LO = log 1e6.
+    near, half = leaf(torch.tensor([-1e-6])), torch.tensor([math.log(0.5)])
+    close(m.orpo(pair(m, half, near), beta=1.0).loss, [math.log(1e6)], 1e-5)
+    (g,) = gradients(m.orpo(pair(m, half, near), beta=1.0).loss, near)
+    close(g, [1e6], 1e-4)  # sigma(log 1e6) / (1 - p) = 1 / 1e-6
+    # Below -1e-7 nothing is asked for any more.
+    sure = leaf(torch.tensor([-1e-9]))
+    close(m.orpo(pair(m, half, sure), beta=1.0).loss, [math.log(1e7)], 1e-5)
+    assert float(gradients(m.orpo(pair(m, half, sure), beta=1.0).loss, sure)[0]) == 0.0
+
+
+# --- SimPO -----------------------------------------------------------------------------------------------
+
+
+def check_simpo_by_hand(m: Any) -> None:
+    # Averages -2 / 4 = -0.5 and -3 / 2 = -1.5: 2 x 1 - 0.5 = 1.5, log(1 + e^-1.5) = 0.2014133.
+    chosen, rejected = leaf(doubles(-2)), leaf(doubles(-3))
+    policy = pair(m, chosen, rejected, ([4], [2]))
+    judged = m.simpo(policy, **SIMPO)
+    close(judged.loss, [0.2014133], 1e-7)
+    close(judged.rewards, [[-1.0, -3.0]])
+    assert not judged.rewards.requires_grad
+    # -beta sigma(-1.5) / 4 tokens and + / 2; sigma(-1.5) = 0.1824255
+    close(torch.cat(gradients(judged.loss, chosen, rejected)), [-2 * 0.1824255 / 4, 2 * 0.1824255 / 2], 1e-7)
+    assert judged.likelihood == 0
+    assert m.simpo(policy, **(SIMPO | {"sft_weight": 0.3})).likelihood == 0.3
+    assert differentiates(
+        lambda c, r: m.simpo(pair(m, c, r, ([2, 3], [4, 1])), **SIMPO).loss, doubles(-1, -9), doubles(-4, -7)
+    )
+
+
+def check_simpo_margin(m: Any) -> None:
+    same = doubles(-4)
+
+    def at(**settings: Any) -> Tensor:
+        return m.simpo(pair(m, same, same), **(SIMPO | settings)).loss
+
+    # Identical completions: -log sigma(-gamma) = log(1 + e^gamma).
+    close(at(beta=3.0, gamma=0.5), [softplus(0.5)])
+    close(at(beta=3.0, gamma=0.0), [LOG2])
+    close(at(beta=3.0, gamma=None, gamma_beta_ratio=0.4), [softplus(1.2)])
+    close(at(beta=3.0, gamma=None, gamma_beta_ratio=0.0), [LOG2])
+    close(at(beta=3.0, gamma=None), [softplus(0.75)])
+    for both in ((0.5, 0.25), (0.0, 0.0)):
+        assert refuses(ValueError, at, gamma=both[0], gamma_beta_ratio=both[1])
+
+
+def check_simpo_limits(m: Any) -> None:
+    policy, _, leaves = extreme(m)
+    judged = m.simpo(policy, **SIMPO)
+    assert holds(judged, leaves)
+    close(judged.loss, [2e4 + 0.5, 0.0, softplus(0.5), softplus(0.5), softplus(0.5)], 1e-5)
+
+
+CHECKS = checks_of(globals())
