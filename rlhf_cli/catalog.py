@@ -17,6 +17,7 @@ from rlhf_cli.errors import RecipeError, did_you_mean
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -139,9 +140,9 @@ class ORPO(Settings):
 class SimPO(Settings):
     beta: Positive = 2.0
     """Scale of the average log-probabilities."""
-    gamma: float | None = None
+    gamma: Finite | None = None
     """Target margin. Give this or gamma_beta_ratio, not both; neither means a ratio of 0.25."""
-    gamma_beta_ratio: float | None = None
+    gamma_beta_ratio: Finite | None = None
     """Target margin divided by beta."""
     sft_weight: NonNegative = 0.0
     """Weight of a negative log-likelihood of the chosen completions (token mean)."""

@@ -45,7 +45,7 @@ REQUESTS = (
 )
 SIZES = {"pretrain": 6000, "sft": 3600, "pairs": 2400, "verdicts": 2400, "prompts": 2400}
 EVAL_SIZES = {"pretrain": 200, "sft": 200, "pairs": 400, "verdicts": 200, "prompts": 300}
-LEANINGS = (0.1, 0.5, 0.9)
+LEANINGS = (0.05, 0.05, 0.5, 0.95, 0.95)
 """Chance that one opinion in a review is praise; each review draws one of them."""
 MIN_GAP = 0.25
 """Least difference in true reward within a pair."""

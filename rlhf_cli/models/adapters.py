@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.errors import ModelError, RecipeError, did_you_mean
 from rlhf_cli.models.base import Base
+from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +40,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     if not (folder / WEIGHTS).exists():
         hint = "pickled adapters are refused" if (folder / "adapter_model.bin").exists() else ""
         raise ModelError(f"no {WEIGHTS}", str(folder), hint)
-    raw = json.loads((folder / "adapter_config.json").read_text())
+    raw = read_json(folder / "adapter_config.json")
     if raw.get("peft_type") != "LORA":
         raise ModelError(f"an adapter of type {raw.get('peft_type')}; only LoRA is known here", str(folder))
     try:
@@ -48,7 +50,14 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"tensor {name} holds NaN or infinite numbers", str(folder / WEIGHTS))
-    return LoraConfig.from_pretrained(str(folder)), tensors
+    try:
+        return LoraConfig.from_pretrained(str(folder)), tensors
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(f"no usable adapter_config.json: {_first_line(error)}", str(folder)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
 
 
 def check_same_shape(settings: LoraSettings, config: LoraConfig, where: str) -> None:
@@ -68,18 +77,39 @@ def check_same_shape(settings: LoraSettings, config: LoraConfig, where: str) -> 
 def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Tensor] | None = None) -> None:
     """A new adapter called `name`: fresh (policy = base), or with the given tensors. Left switched off and frozen.
 
-    Raises ModelError when the tensors do not belong to this base.
+    Raises ModelError when the tensors do not belong to this base, RecipeError when a fresh adapter has nowhere to go.
     """
     config.inference_mode = False
     config.modules_to_save = None
     config.task_type = None
-    if base.peft is None:
-        base.peft = get_peft_model(base.model, config, adapter_name=name)  # type: ignore[assignment]
+    try:
+        if base.peft is None:
+            base.peft = get_peft_model(base.model, config, adapter_name=name)  # type: ignore[assignment]
+        else:
+            base.peft.add_adapter(name, config)
+    except (ValueError, TypeError, KeyError, RuntimeError, re.error) as error:
+        if tensors is not None:
+            message = f"the adapter does not fit the base {base.source}: {_first_line(error)}"
+            raise ModelError(message, f"adapter {name}") from error
+        raise RecipeError(f"no adapter can be made for {base.source}: {_first_line(error)}", "lora.target_modules",
+                          "use all-linear, or names of linear layers of this model") from error  # fmt: skip
+    if tensors is None:
+        _check_targets(base, config)
     else:
-        base.peft.add_adapter(name, config)
-    if tensors is not None:
         _fill(base, name, {k: v for k, v in tensors.items() if k != SCORE})
     base.active = None
+
+
+def _check_targets(base: Base, config: LoraConfig) -> None:
+    """RecipeError for a name in a list of target modules that is no layer of the model: peft skips it in silence."""
+    assert base.peft is not None
+    if not isinstance(config.target_modules, (list, set)):
+        return
+    found = base.peft.base_model.targeted_module_names  # type: ignore[union-attr]
+    layers = {n.rpartition(".")[2] for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name in sorted(config.target_modules):
+        if not any(f".{full}".endswith(f".{name}") for full in found):
+            raise RecipeError(f"{base.source} has no layer '{name}'", "lora.target_modules", did_you_mean(name, layers))
 
 
 def _fill(base: Base, name: str, tensors: dict[str, Tensor]) -> None:

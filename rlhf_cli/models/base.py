@@ -97,6 +97,8 @@ def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
     """function(), its failure as a ModelError that names `where`."""
     try:
         return function()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         first = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise ModelError(f"{what}: {first}", where) from error
@@ -181,6 +183,7 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
         "attn_implementation": None if chosen == "auto" else chosen,
         "use_safetensors": True,
         "trust_remote_code": False,
+        "ignore_mismatched_sizes": True,  # so that _check_tensors can name them
         "output_loading_info": True,
     }
     if settings.revision:

@@ -22,7 +22,7 @@ def k3(logp: Tensor, other: Tensor) -> Tensor:
 
 
 class FixedKL:
-    """A constant coefficient."""
+    """A constant coefficient: InstructGPT, Ouyang et al. 2022 (arXiv:2203.02155) eq. 2."""
 
     def __init__(self, *, coef: float) -> None:
         self.coef = coef
@@ -43,6 +43,7 @@ class ProportionalKL(FixedKL):
     """coef <- coef (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2).
 
     Ziegler et al. 2019 (arXiv:1909.08593) section 2.2; KL in nats summed over a completion, n episodes in the step.
+    Never less than half: with a horizon shorter than a fifth of n the formula would turn the penalty into a bonus.
     """
 
     def __init__(self, *, coef: float, target_kl_per_sequence: float, horizon: float) -> None:
@@ -53,7 +54,7 @@ class ProportionalKL(FixedKL):
     def update(self, kl_per_sequence: float, episodes: int) -> None:
         """After a rollout of `episodes` completions with that mean KL."""
         error = min(max(kl_per_sequence / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * episodes / self.horizon
+        self.coef *= max(1.0 + error * episodes / self.horizon, 0.5)
 
 
 def doubled(coef: float, kl: float, target: float) -> float:

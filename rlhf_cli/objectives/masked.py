@@ -24,8 +24,9 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
     Population variance, epsilon 1e-8 inside the root (Ziegler et al., arXiv:1909.08593, their code).
     """
+    x = torch.where(mask, x, torch.zeros_like(x))
     mean = masked_mean(x, mask)
-    variance = masked_mean((torch.where(mask, x, mean) - mean).square(), mask)
+    variance = masked_mean((x - mean).square(), mask)
     scaled = (x - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         scaled = scaled + mean

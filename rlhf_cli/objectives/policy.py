@@ -48,4 +48,5 @@ def clipped_value(
     old_values = old_values.detach()
     near = old_values + torch.clamp(values - old_values, -value_clip, value_clip)
     clipped = (near - returns).square()
-    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+    outside = (values - old_values).abs() > value_clip  # inside, near and values differ by rounding alone
+    return 0.5 * torch.maximum(plain, clipped), outside & (clipped > plain)

@@ -26,7 +26,8 @@ class Pair(NamedTuple):
 
     def average(self) -> tuple[Tensor, Tensor]:
         """Mean log-probability a token of each completion, each over its own length: two (B,)."""
-        return self.chosen / self.chosen_length.clamp(min=1), self.rejected / self.rejected_length.clamp(min=1)
+        chosen, rejected = _float(self.chosen, self.rejected)
+        return chosen / self.chosen_length.clamp(min=1), rejected / self.rejected_length.clamp(min=1)
 
 
 class Judged(NamedTuple):
@@ -44,9 +45,9 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _log_ratios(policy: Pair, reference: Pair) -> tuple[Tensor, Tensor]:
-    """u of chosen and rejected: two (B,)."""
+    """u of chosen and rejected: two (B,). No gradient reaches the reference."""
     pc, pr, rc, rr = _float(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
-    return pc - rc, pr - rr
+    return pc - rc.detach(), pr - rr.detach()
 
 
 def _rewards(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def kto(
     Ethayarajh et al. 2024 (arXiv:2402.01306) eq. 7-8. Policy = reference: half the mean weight.
     """
     policy, reference = _float(policy, reference)
-    u = policy - reference
+    u = policy - reference.detach()
     away = beta * (u - kl_point.detach())
     good = desirable_weight * torch.sigmoid(-away)
     bad = undesirable_weight * torch.sigmoid(away)
@@ -134,6 +135,7 @@ def score_offset(chosen: Tensor, rejected: Tensor, offset: str) -> Tensor:
 
     Raises ValueError when a rejected completion scores above the chosen one, or a ratio is asked of scores <= 0.
     """
+    chosen, rejected = _float(chosen, rejected)
     gap = chosen - rejected
     if bool((gap < 0).any()):
         raise ValueError("a rejected completion scores above the chosen one")
@@ -172,7 +174,7 @@ def orpo(policy: Pair, *, beta: float) -> Judged:
     Hong et al. 2024 (arXiv:2403.07691) eq. 6-7, beta for the paper's lambda; the likelihood is over the completion.
     An average log-probability of 0 (a certain or an empty completion) is taken as -1e-7, so the odds stay finite.
     """
-    average = torch.stack(_float(*policy.average()))  # (2, B)
+    average = torch.stack(policy.average())  # (2, B)
     average = average.clamp(max=-1e-7)
     odds = average - log1mexp(average)
     loss = -beta * F.logsigmoid(odds[0] - odds[1])
@@ -191,6 +193,6 @@ def simpo(
         raise ValueError("give gamma or gamma_beta_ratio, not both")
     if gamma is None:
         gamma = beta * (0.25 if gamma_beta_ratio is None else gamma_beta_ratio)
-    chosen, rejected = _float(*policy.average())
+    chosen, rejected = policy.average()
     loss = -F.logsigmoid(beta * (chosen - rejected) - gamma)
     return Judged(loss, _rewards(beta * chosen, beta * rejected), likelihood=sft_weight)

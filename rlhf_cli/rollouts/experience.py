@@ -103,6 +103,7 @@ def token_rewards(
 
     Ziegler et al. 2019 (arXiv:1909.08593) eq. 2; Stiennon et al. 2020 for the placement.
     """
+    assert bool((experience.lengths > 0).all()), "a completion has at least its stop token"
     rewards = -kl_coef * (experience.logp - experience.reference_logp)
     rewards = torch.where(experience.mask, rewards, torch.zeros_like(rewards))
     rows = torch.arange(len(scores))

@@ -88,7 +88,7 @@ def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
 def finish(engine: Engine, save: Callable[[Path], None]) -> None:
     """final/ whole or absent, report.html, and DONE last."""
     run = engine.run
-    draft = temporary(run.final)
+    draft = temporary(run.path / "final-new")  # not the name under which `discard` removes an old final/
     try:
         draft.mkdir()
         save(draft)

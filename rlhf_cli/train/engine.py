@@ -203,7 +203,7 @@ class Engine:
                 part = torch.stack(parts).sum()
                 if not bool(torch.isfinite(part)):
                     role.abandon()
-                    self._diverged({"loss": float(part)}, batch.where)
+                    self._diverged({"loss": float(part.detach())}, batch.where)
                 if scaler is not None:
                     role.backward(scaler.scale(part))
             sums["loss"] += float(part.detach())

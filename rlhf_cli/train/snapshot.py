@@ -47,7 +47,8 @@ def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
         learner.role.load_tensors(saved.tensors(name))
         kept = state["learners"][name]
         checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
-        learner.scheduler.load_state_dict(kept["scheduler"])
+        unset = [None] * len(learner.optimizer.param_groups)  # the schedule itself comes from the recipe
+        learner.scheduler.load_state_dict(kept["scheduler"] | {"lr_lambdas": unset})
         if kept["scaler"]:
             learner.scaler.load_state_dict(kept["scaler"])
     for name, thing in engine.kept.items():

@@ -128,7 +128,9 @@ def tokens(random: np.random.Generator, n: int) -> np.ndarray:
     return random.integers(3, VOCABULARY, n).astype(np.int32)
 
 
-def make_sample(random: np.random.Generator, prompt: int, *lengths: int, every: bool = True, **numbers: float) -> Sample:
+def make_sample(
+    random: np.random.Generator, prompt: int, *lengths: int, every: bool = True, **numbers: float
+) -> Sample:
     """A sample with these lengths; every: all completion tokens scored, else about half and the last."""
     completions = []
     for n in lengths:

@@ -89,7 +89,7 @@ def check_proportional(m: Any) -> None:
     for _ in range(8):
         controller.update(6.6, 4)
     assert math.isclose(controller.coef, after(6.6, 32), rel_tol=1e-5), "8 calls of 4 are about one of 32"
-    assert after(0.0, 10**6) > 0, "a horizon shorter than the step must not turn the penalty into a bonus"
+    assert after(0.0, 10**6) == 0.1, "a horizon shorter than the step must not turn the penalty into a bonus"
 
 
 def check_doubling(m: Any) -> None:
@@ -105,6 +105,19 @@ def check_doubling(m: Any) -> None:
     assert after(4.0, coef=1.5e-4) == 1e-4
     assert after(9.0, coef=500.0) == 1e3
     assert after(4.0, coef=4e-4) == 2e-4
+
+
+def check_policy_penalty(m: Any) -> None:
+    def after(kl: float, coef: float = 1.0) -> float:
+        controller = m.PolicyPenalty(coef=coef, target_kl=0.01)
+        controller.follow(kl)
+        return controller.coef
+
+    assert after(0.02) == 2.0
+    assert after(0.005) == 0.5
+    assert after(0.0145) == after(0.01) == after(0.0068) == 1.0
+    assert after(0.02, coef=700.0) == 1e3
+    assert after(0.0, coef=1.5e-4) == 1e-4
 
 
 def check_controllers_resume(m: Any) -> None:

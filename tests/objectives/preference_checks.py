@@ -48,7 +48,7 @@ def pair(m: Any, chosen: Tensor, rejected: Tensor, lengths: tuple[list[int], lis
 
 def two(m: Any, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, list[Tensor]]:
     """policy, reference with u = (1, -1) and (0, 2), so D = 2 and -2; and the four tensors, all taking gradients."""
-    numbers = ([-10.0, -20.0], [-12.0, -18.0], [-11.0, -20.0], [-11.0, -20.0])
+    numbers = ([-10.0, -20.0], [-14.0, -17.0], [-11.0, -20.0], [-13.0, -19.0])
     leaves = [leaf(torch.tensor(n, dtype=dtype)) for n in numbers]
     return pair(m, *leaves[:2]), pair(m, *leaves[2:]), leaves
 
@@ -188,7 +188,7 @@ def check_dpo_gradient(m: Any) -> None:
         assert differentiates(
             lambda c, r, e=eps: m.dpo(pair(m, c, r), two(m)[1], beta=0.5, label_smoothing=e).loss,
             doubles(-10, -20),
-            doubles(-12, -18),
+            doubles(-14, -17),
         )
     # Smoothing puts the minimum at sigma(z) = 0.9, z = log 9.
     chosen = leaf(doubles(math.log(9) / 0.5))
@@ -236,6 +236,13 @@ def check_ipo_by_hand(m: Any) -> None:
     close(torch.cat(gradients(summed.loss, *leaves[:2])), [10.0, -10.0])
     assert not summed.rewards.requires_grad
     assert summed.likelihood == 0
+
+
+def check_ipo_lengths(m: Any) -> None:
+    # u = 4 and -3. One token: nothing to average. No token counts as one, so that nothing is divided by zero.
+    for lengths, h in ((([1], [1]), 7.0), (([2], [1]), 5.0), (([1], [2]), 5.5), (([0], [0]), 7.0)):
+        policy, zero = pair(m, doubles(4), doubles(-3), lengths), pair(m, doubles(0), doubles(0), lengths)
+        close(m.ipo(policy, zero, beta=0.1, average=True).loss, [(h - 5) ** 2])
 
 
 def check_ipo_limits(m: Any) -> None:
@@ -316,7 +323,7 @@ def check_kto_rows_are_alone(m: Any) -> None:
 def check_odpo_by_hand(m: Any) -> None:
     # z = 1 for the first pair of `two`, -1 for the second.
     policy, reference, _ = two(m)
-    # gap 2: 1 - log 2 -> log(1 + 2 / e) = 0.5514447; gap 1/2: -1 + log 2 -> log(1 + e / 2) = 0.8584184... by softplus
+    # gap 2: 1 - log 2 -> log(1 + 2 / e) = 0.5514447; gap 1/2: -1 + log 2 -> log(1 + e / 2)
     scores = torch.tensor([[3.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
     judged = m.odpo(policy, reference, scores, **ODPO)
     close(judged.loss, [math.log(1 + 2 / math.e), math.log(1 + math.e / 2)])
@@ -348,7 +355,7 @@ def check_odpo_gradient(m: Any) -> None:
         assert differentiates(
             lambda c, r, s=settings: m.odpo(pair(m, c, r), two(m)[1], scores, **s).loss,
             doubles(-10, -20),
-            doubles(-12, -18),
+            doubles(-14, -17),
         )
 
 
@@ -366,7 +373,7 @@ def check_odpo_empty_gap(m: Any) -> None:
         scores = torch.tensor([[2.0, 2.0], [3.0, 1.0]], dtype=dtype)
         judged = m.odpo(policy, reference, scores, **ODPO)
         close(judged.loss, [0.0, softplus(1 + LOG2)], 1e-6)
-        assert float(judged.loss[0]) == 0.0
+        assert judged.loss[0].item() == 0.0
         g, h = gradients(judged.loss, *leaves[:2])
         assert float(g[0]) == float(h[0]) == 0.0
         assert finite(g, h)
@@ -430,7 +437,9 @@ def check_orpo_limits(m: Any) -> None:
     policy, _, leaves = extreme(m)
     judged = m.orpo(policy, beta=0.1)
     assert holds(judged, leaves)
-    close(judged.loss[0], 0.1 * (1e4 - math.log(1e-7) - 2000 + 2000 + math.log(1e-7)) - 0.1 * 2000 + 200 - 0.0, 0.01)
+    # Average -1e4 against a certain completion (-1e-7, log-odds 7 log 10): -LO = 1e4 + 16.1, times 0.1.
+    close(judged.loss[:2], [1e3 + 0.7 * math.log(10), 0.0], 1e-6)
+    close(judged.loss[2:], [0.1 * LOG2] * 3)
 
 
 def check_orpo_certain(m: Any) -> None:

@@ -67,7 +67,9 @@ def test_score_is_read_at_the_last_token(name: str) -> None:
     rows = [np.concatenate([s.prompt, c.ids]).astype(np.int64) for s in samples for c in s.completions]
     with role.active():
         assert role.head is not None
-        wanted = [role.head(role.base.model.base_model(torch.from_numpy(r)[None]).last_hidden_state[0, -1]) for r in rows]
+        wanted = [
+            role.head(role.base.model.base_model(torch.from_numpy(r)[None]).last_hidden_state[0, -1]) for r in rows
+        ]
     torch.testing.assert_close(score, torch.cat(wanted), rtol=1e-5, atol=1e-5)
 
 

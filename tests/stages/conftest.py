@@ -62,9 +62,12 @@ def rm(sft_lora: Path, world: Path, runs: Path) -> Path:
 
 @pytest.fixture
 def toy(world: Path, base: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`toy(stage, kind, name, **more)`: a LoRA recipe on `base` that writes to tmp_path/name."""
+    """`toy(stage, kind, name, rows, **more)`: a LoRA recipe on `base`, on few rows, that writes to tmp_path/name."""
 
-    def make(stage: str, kind: str, name: str = "run", **more: Any) -> dict[str, Any]:
-        return w.recipe(stage, base, world, kind, tmp_path / name, **w.merged({"lora": w.LORA}, more))
+    def make(stage: str, kind: str, name: str = "run", rows: int = 96, **more: Any) -> dict[str, Any]:
+        content = w.recipe(stage, base, world, kind, tmp_path / name, lora=w.LORA)
+        data = content["data"]
+        data["train"], data["eval"] = ({"path": data[s], "limit": n} for s, n in (("train", rows), ("eval", 16)))
+        return w.merged(content, more)
 
     return make

@@ -202,7 +202,7 @@ HELD_OUT = {
     "rm": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 > first["eval/rewards/accuracies"],
     "dpo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < 0.5,
     "ipo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < 15,
-    "odpo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < 0.6,
+    "odpo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < 0.8,
     "kto": lambda first, last: last["eval/rewards/chosen"] - last["eval/rewards/rejected"] > 1,
     "orpo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < first["eval/loss"] - 0.1,
     "simpo": lambda first, last: last["eval/rewards/accuracies"] >= 0.9 and last["eval/loss"] < first["eval/loss"] / 2,
@@ -222,4 +222,4 @@ def test_the_true_reward_rises(
 ) -> None:
     """Sampled from final/ with plain transformers and peft on held-out prompts."""
     before, after = (w.sampled_reward(run / "final", world / "prompts-eval.jsonl") for run in (base, ran(name)[0]))
-    assert after > before + 0.3, (before, after)
+    assert after > before + 0.5, (before, after)

@@ -106,9 +106,9 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def recipe(stage: str, model: Path | str, world: Path, kind: str, out: Path, **more: Any) -> dict[str, Any]:
-    """A fast recipe on the toy task."""
-    head = {"stage": stage, "model": {"name_or_path": str(model)}, "output_dir": str(out)}
+def recipe(stage: str, start: Path | str, world: Path, kind: str, out: Path, **more: Any) -> dict[str, Any]:
+    """A fast recipe on the toy task: `start` is the model, `more` lies on top."""
+    head = {"stage": stage, "model": {"name_or_path": str(start)}, "output_dir": str(out)}
     data = {"data": {"train": str(world / f"{kind}.jsonl"), "eval": str(world / f"{kind}-eval.jsonl")}}
     return merged(FAST, head, data, more)
 

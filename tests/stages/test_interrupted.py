@@ -1,0 +1,156 @@
+"""A run that is stopped and started again equals, bit for bit, the run that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.train.engine import Engine
+from tests.stages import world as w
+from tests.stages.conftest import quick, train
+
+Toy = Callable[..., dict[str, Any]]
+OFTEN = {"evaluation": {"every": 2}, "checkpoint": {"every": 3}}
+DROPOUT = {"lora": {"r": 8, "alpha": 16, "dropout": 0.1}}
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """All that training left behind is equal, optimisers and generators included."""
+    assert w.metrics(run) == w.metrics(whole)
+    for name in ("samples.jsonl", "data-report.json"):
+        assert (run / name).exists() == (whole / name).exists()
+        assert not (run / name).exists() or (run / name).read_bytes() == (whole / name).read_bytes()
+    assert w.contents(run / "final") == w.contents(whole / "final")
+    last = max(p.name for p in (whole / "checkpoints").iterdir())
+    found, known = (w.contents(folder / "checkpoints" / last) for folder in (run, whole))
+    tensors = [name for name in known if name.endswith(".safetensors")]
+    assert tensors
+    assert [name for name in tensors if found[name] != known[name]] == []
+
+
+def stop_at(step: int, signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes while step `step` is under way."""
+    tick = Engine.tick
+
+    def stopped(self: Engine, metrics: dict[str, float]) -> None:
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signum)
+        tick(self, metrics)
+
+    monkeypatch.setattr(Engine, "tick", stopped)
+
+
+def interrupted(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> Path:
+    """The run of a recipe, stopped in step `step`, then finished by the same command."""
+    run = Path(content["output_dir"])
+    with monkeypatch.context() as patched:
+        stop_at(step, signum, patched)
+        outcome = quick(content["stage"], w.save(content, run.with_suffix(".yaml")))
+    assert outcome.code == 128 + signum, outcome.err
+    assert f"stopped after step {step}, checkpoint written" in outcome.errors[0]
+    assert not (run / "DONE").exists()
+    assert w.metrics(run)[-1]["step"] == step
+    assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+    again = quick(content["stage"], run.with_suffix(".yaml"))
+    assert again.code == 0, again.err
+    assert f"going on after step {step}" in again.err
+    return run
+
+
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "sft": ("sft", "chat", 4, DROPOUT),
+    "rm": ("train-rm", "pairs", 4, {}),
+    "dpo": ("dpo", "pairs", 4, {"objective": {"name": "dpo"}, **DROPOUT}),
+    "dpo-second-epoch": ("dpo", "pairs", 5, {"objective": {"name": "dpo"}, "data": {"train": {"limit": 50}}}),
+    "kto": ("dpo", "verdicts", 4, {"objective": {"name": "kto"}}),
+    "orpo-full": ("orpo", "pairs", 4, {"lora": None, "training": {"optimizer": "adafactor"}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stopped_run_goes_on_exactly(toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    stage, kind, step, settings = CASES[name]
+    schedule = {"training": {"max_steps": 7, "lr_scheduler": "cosine", "warmup_ratio": 0.2}}
+    more = w.merged(OFTEN, schedule, settings)
+    run = interrupted(toy(stage, kind, "stopped", **more), step, monkeypatch, signal.SIGTERM)
+    whole = train(toy(stage, kind, "whole", **more))
+    assert_same(run, whole)
+    if name == "dpo-second-epoch":
+        assert w.metrics(whole)[4]["epoch"] == 1.0  # step 5, after which it was stopped, is in the second epoch
+
+
+def ppo(toy: Toy, world: Path, name: str, rewards: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    settings = {
+        "rewards": rewards, "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2},
+        "ppo": {"mini_batches": 2, "kl": {"name": "doubling", "target_kl_per_sequence": 0.5}, "penalty": {}},
+        "training": {"max_steps": 5, "learning_rate": 5e-3, "lr_scheduler": "linear"},
+    }  # fmt: skip
+    return toy("ppo", "prompts", name, **w.merged(OFTEN, DROPOUT, settings, more))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_stopped_ppo_goes_on_exactly(
+    toy: Toy, world: Path, rm: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    rewards: list[dict[str, Any]] = [{"function": f"{world / 'reward.py'}:true_reward"}]
+    rewards += [] if full else [{"run": str(rm)}]
+    more = {"lora": None} if full else {}
+    run = interrupted(ppo(toy, world, "stopped", rewards, **more), 3, monkeypatch, signal.SIGINT)
+    whole = train(ppo(toy, world, "whole", rewards, **more))
+    assert_same(run, whole)
+    assert len(set(w.column(whole, "kl_coef"))) > 1  # the controller's state matters here
+    assert w.column(run, "episode")[-1] == 5 * 32
+
+
+def test_the_signal_in_the_last_step_ends_the_run_as_usual(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = toy("dpo", "pairs", "run", objective={"name": "dpo"}, training={"max_steps": 2})
+    stop_at(2, signal.SIGTERM, monkeypatch)
+    assert (train(content) / "DONE").exists()
+
+
+# --- in a process of its own -----------------------------------------------------------------------------
+
+
+def stopped_process(content: dict[str, Any], lines: int) -> tuple[Path, int, str]:
+    """Start the command, send SIGTERM once metrics.jsonl has so many lines; the exit code and stderr."""
+    run = Path(content["output_dir"])
+    recipe = w.save(content, run.with_suffix(".yaml"))
+    arguments = [sys.executable, "-m", "rlhf_cli", content["stage"], str(recipe)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        limit = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    return run, process.returncode, said
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_process_that_got_sigterm(toy: Toy, world: Path, rm: Path, stage: str) -> None:
+    def content(name: str) -> dict[str, Any]:
+        if stage == "ppo":
+            return ppo(toy, world, name, [{"run": str(rm)}], training={"max_steps": 10})
+        settings = {"objective": {"name": "dpo"}, "training": {"max_steps": 24, "batch_size": 32}}
+        return toy("dpo", "pairs", name, **w.merged(OFTEN, settings))
+
+    run, code, said = stopped_process(content("stopped"), 5)
+    assert code == 143, said
+    assert "Traceback" not in said
+    assert "error: SIGTERM: stopped after step" in said
+    assert not (run / "DONE").exists()
+    again = quick(stage, run.with_suffix(".yaml"))
+    assert again.code == 0, again.err
+    assert "resumed from" in again.err
+    assert_same(run, train(content("whole")))
