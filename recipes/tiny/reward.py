@@ -17,27 +17,25 @@ def words(text: str) -> list[str]:
 
 
 POSITIVE_ADJECTIVES = words("""
-good great lovely superb brilliant charming delightful excellent fantastic wonderful beautiful clever elegant fine fresh
-gentle graceful honest impressive inspiring joyful lively magical memorable moving perfect pleasant polished rich
-satisfying sincere splendid striking stunning tasteful thoughtful touching vivid warm witty
+good great lovely superb brilliant charming excellent wonderful beautiful clever elegant fine honest memorable moving
+perfect pleasant splendid striking stunning thoughtful vivid warm witty
 """)
 NEGATIVE_ADJECTIVES = words("""
-bad awful boring bland clumsy cold confusing dreadful dull empty flat forgettable grim harsh hollow horrible lame lazy
-loud mediocre messy painful pointless poor predictable rude shallow sloppy slow sour stale stiff terrible tedious tired
-ugly unpleasant weak wooden worthless
+bad awful boring bland clumsy cold confusing dreadful dull empty flat hollow horrible lame lazy messy painful poor
+sloppy terrible tedious ugly weak wooden
 """)
 POSITIVE_VERBS = words("loved enjoyed adored admired praised treasured")
 NEGATIVE_VERBS = words("hated disliked regretted despised endured resented")
 
 ASPECTS = {
     "film": words("""
-        plot acting music ending story script cast dialogue camera direction pacing scenery opening humour soundtrack
+        plot acting music ending story script cast dialogue camera scenery opening humour
         """),
     "restaurant": words("""
-        soup bread dessert service menu kitchen salad coffee pasta sauce fish cake tea staff garden
+        soup bread dessert service menu kitchen salad coffee pasta sauce fish staff
         """),
     "book": words("""
-        prose plot ending story chapter hero narrator opening dialogue humour pacing language setting cover mystery
+        prose plot ending story chapter hero opening dialogue humour language setting cover
         """),
 }
 TITLE_FIRST = words("""

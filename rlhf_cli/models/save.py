@@ -37,8 +37,9 @@ def _write_full(role: Role, folder: Path) -> None:
     """Full weights, in the compute dtype."""
     model, dtype = role.base.model, role.base.dtype
     state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    with _config_dtype(model.config, dtype):
-        model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state)
+    with _config_dtype(model.config, dtype):  # save_pretrained names the dtype of the weights in memory
+        model.config.save_pretrained(folder)
 
 
 @contextmanager

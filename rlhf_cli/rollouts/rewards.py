@@ -82,8 +82,8 @@ class FunctionReward:
         except (TypeError, ValueError) as error:
             raise ModelError(f"returned {type(result).__name__} {str(result)[:60]}; a list of numbers is wanted",
                              self.where) from error  # fmt: skip
-        if len(scores) != len(prompts):
-            raise ModelError(f"returned {len(scores)} scores for {len(prompts)} completions", self.where)
+        if len(scores) != len(rollout.tasks):
+            raise ModelError(f"returned {len(scores)} scores for {len(rollout.tasks)} completions", self.where)
         for task, score in zip(rollout.tasks, scores, strict=True):
             if not math.isfinite(score):
                 raise ModelError(f"returned {score} for {task.where}", self.where)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf_cli.catalog import OBJECTIVES, Objective
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_named_reference, load_policy, load_reference
 from rlhf_cli.models.roles import Role
@@ -45,6 +45,8 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         raise RecipeError(
             f"{entry.name} compares the rows of a step, so it needs two", "training.batch_size", "raise it"
         )
+    if "scores" in entry.needs:
+        check_scores(entry, common.settings_of(recipe.objective), [*data.train, *(data.eval or [])])
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
@@ -74,6 +76,18 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
     common.begin(engine, data, lineage(policy, text, role="policy"))
     engine.fit(step)
     common.finish(engine, lambda folder: save_policy(policy, text, folder))
+
+
+def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[Sample]) -> None:
+    """DataError naming the first row whose scores the objective refuses: it is tried on each before a model loads."""
+    objective, one = entry.load(), torch.ones(1)
+    pair = Pair(-one, -one, one, one)
+    for sample in samples:
+        scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
+        try:
+            objective(pair, pair, scores, **settings)
+        except ValueError as error:
+            raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
 
 
 def open_reference(

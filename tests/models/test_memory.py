@@ -20,7 +20,7 @@ from rlhf_cli.objectives.logprob import CHUNK_ELEMENTS
 from tests.models.worlds import CPU, lora_role, make_sample
 
 VOCABULARY, HIDDEN = 151_936, 16
-TOKENS = 400
+TOKENS = 250
 
 
 class Largest(TorchDispatchMode):
@@ -63,15 +63,14 @@ def step(role: Role, tokens: int) -> None:
         role.backward(-of.logp.mean() + 0.01 * of.entropy.mean())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("full", torch.float32), ("lora", torch.bfloat16)])
 def test_the_largest_tensor(kind: str, dtype: torch.dtype) -> None:
-    base = wide_base(dtype if kind == "lora" else torch.float32)
+    base = wide_base(dtype)
     role = lora_role(base, "policy") if kind == "lora" else Role("policy", base, trained=True)
     whole = TOKENS * VOCABULARY
     with Largest() as seen:
         step(role, TOKENS)
-    assert seen.elements <= CHUNK_ELEMENTS < whole / 3, seen.shape
+    assert seen.elements <= CHUNK_ELEMENTS < whole / 2, seen.shape
     assert seen.elements >= VOCABULARY, "the probe sees the logits of a chunk"
     with Largest() as seen, role.active():
         role.logp(batch_of(TOKENS))
@@ -103,17 +102,17 @@ torch.set_num_threads(1)
 from tests.models.test_memory import step, wide_base
 from tests.models.worlds import lora_role
 role = lora_role(wide_base(), "policy")
-step(role, int(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for tokens in (8, int(sys.argv[1])):
+    step(role, tokens)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_process() -> None:
-    """Against the same step with a few tokens: less on top than one float32 copy of all logits."""
-
-    def peak(tokens: int) -> int:
-        ran = subprocess.run([sys.executable, "-c", CODE, str(tokens)], capture_output=True, text=True, check=True)
-        return int(ran.stdout.split()[-1]) * 1024
-
-    assert peak(4 * TOKENS) - peak(8) < 4 * TOKENS * VOCABULARY * 4 / 2
+    """One float32 copy of all logits is not reached, where a plain forward and backward hold three."""
+    tokens = 1000
+    ran = subprocess.run([sys.executable, "-c", CODE, str(tokens)], capture_output=True, text=True, check=True)
+    few, many = (int(line) * 1024 for line in ran.stdout.split()[-2:])
+    assert many - few < tokens * VOCABULARY * 4, (few, many)

@@ -100,7 +100,10 @@ def test_two_roles_on_a_quantised_base_are_two_bases(folder: Path) -> None:
     shared = load(folder, "nf4")
     policy, critic = lora_role(shared, "policy", seed=1), lora_role(shared, "critic", seed=2, head=True)
     shared.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    alone = lora_role(load(folder, "nf4"), "policy", seed=1), lora_role(load(folder, "nf4"), "critic", seed=2, head=True)
+    alone = (
+        lora_role(load(folder, "nf4"), "policy", seed=1),
+        lora_role(load(folder, "nf4"), "critic", seed=2, head=True),
+    )
     batch = collate(kinds(1)["pairs"], packed=False)
     for role, separate in ((policy, alone[0]), (critic, alone[1]), (policy, alone[0])):
         found = []

@@ -121,6 +121,9 @@ def test_a_policy_in_half_precision(model_folder: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+    save_reward(reward_role(base, lora=False), text, tmp_path / "reward")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert {p.dtype for p in classifier.parameters()} == {torch.bfloat16}
 
 
 # --- reward models -----------------------------------------------------------------------------------------

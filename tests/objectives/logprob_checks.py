@@ -52,7 +52,7 @@ def check_token_logp_by_hand(m: Any) -> None:
 
 
 def check_token_logp_chunks(m: Any) -> None:
-    for temperature in (0.7, 1.0, 1.3):
+    for temperature in (0.7, 1.3):
         h, w, b, ids = inputs()
         expected = naive(head_of(w, b)(h), ids, temperature)
         weight = torch.linspace(-1, 2, T)

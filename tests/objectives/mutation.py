@@ -1,4 +1,4 @@
-"""Small mistakes planted one at a time in a module's syntax tree: an operator turned, a constant moved, a `where` swapped.
+"""Small mistakes planted one at a time in a module's syntax tree: an operator turned, a constant moved, and so on.
 
 A mutant is (where it is, what was changed, the tree). Docstrings, type annotations and messages are left alone.
 """

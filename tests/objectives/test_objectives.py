@@ -17,6 +17,7 @@ from tests.objectives import (
     masked_checks,
     policy_checks,
     preference_checks,
+    reference_checks,
 )
 from tests.objectives.support import Check
 
@@ -24,7 +25,7 @@ CHECKED = [
     (masked, masked_checks.CHECKS),
     (logprob, logprob_checks.CHECKS),
     (likelihood, likelihood_checks.CHECKS),
-    (preference, preference_checks.CHECKS),
+    (preference, preference_checks.CHECKS + reference_checks.CHECKS),
     (policy, policy_checks.CHECKS),
     (advantage, advantage_checks.CHECKS),
     (kl, kl_checks.CHECKS),

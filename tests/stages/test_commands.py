@@ -138,9 +138,7 @@ def test_checkpoints_and_samples(ran: Callable[[str], tuple[Path, Outcome]], nam
 
 
 @pytest.mark.parametrize("name", ["chat", "rm", "dpo", "ppo"])
-def test_the_resolved_recipe_runs_again(
-    ran: Callable[[str], tuple[Path, Outcome]], tmp_path: Path, name: str
-) -> None:
+def test_the_resolved_recipe_runs_again(ran: Callable[[str], tuple[Path, Outcome]], tmp_path: Path, name: str) -> None:
     run, _ = ran(name)
     content = yaml.safe_load((run / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "again")}
     again = train(content)
@@ -217,9 +215,7 @@ def test_it_learns(ran: Callable[[str], tuple[Path, Outcome]], name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "odpo", "kto", "orpo", "simpo", "ppo"])
-def test_the_true_reward_rises(
-    ran: Callable[[str], tuple[Path, Outcome]], base: Path, world: Path, name: str
-) -> None:
+def test_the_true_reward_rises(ran: Callable[[str], tuple[Path, Outcome]], base: Path, world: Path, name: str) -> None:
     """Sampled from final/ with plain transformers and peft on held-out prompts."""
     before, after = (w.sampled_reward(run / "final", world / "prompts-eval.jsonl") for run in (base, ran(name)[0]))
     assert after > before + 0.5, (before, after)

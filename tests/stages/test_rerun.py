@@ -79,7 +79,7 @@ def test_a_dry_run_writes_nothing(toy: Toy, world: Path, tmp_path: Path, stage: 
     recipe = w.save(toy(stage, kind, "run", **more), tmp_path / "r.yaml")
     outcome = quick(stage, recipe, "--dry-run")
     assert outcome.code == 0
-    assert "dry run: 240" in outcome.err
+    assert "dry run: 96" in outcome.err
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
