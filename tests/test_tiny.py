@@ -64,7 +64,7 @@ def tokenizer(world: Path) -> Any:
     [
         ("I loved the plot. The music was superb and great. The acting was moving.", 1.0),  # 4 of praise, 4 needed
         ("I loved the plot.", 0.25),  # 1 of 4
-        ("I loved the plot but the music was dull and slow.", -0.25),  # (1 - 2) / 4
+        ("I loved the plot but the music was dull and lame.", -0.25),  # (1 - 2) / 4
         ("I loved the plot", 0.0),  # 0.25 less 0.25: does not end as a sentence
         ("good good good good", -0.6),  # one word counts once: 0.25 - (1 - 0.4) - 0.25
         ("I loved the plot zorp.", 0.05),  # 0.25 less one unknown word of five

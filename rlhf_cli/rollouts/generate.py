@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.base import Base
 from rlhf_cli.models.roles import Role
 
 
@@ -100,6 +102,35 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor,
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
+class _Cache:
+    """Keys and values of the rows so far. Where an architecture keeps something else (a state of a recurrence or a
+    convolution), whose rows cannot be repeated and dropped, there is none, and every step reads the rows anew."""
+
+    def __init__(self, base: Base) -> None:
+        cache = DynamicCache(config=base.model.config)
+        wanted = ("batch_repeat_interleave", "batch_select_indices")
+        whole = all(hasattr(layer, name) for layer in cache.layers for name in wanted)
+        self.keys: DynamicCache | None = cache if whole else None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a forward."""
+        return {"use_cache": False} if self.keys is None else {"past_key_values": self.keys, "use_cache": True}
+
+    def repeat(self, count: int) -> None:
+        """Each row `count` times."""
+        if self.keys is not None:
+            self.keys.batch_repeat_interleave(count)
+
+    def select(self, rows: Tensor) -> None:
+        """Only these rows."""
+        if self.keys is not None:
+            self.keys.batch_select_indices(rows)
+
+    def next(self, before: Tensor, new: Tensor) -> Tensor:
+        """What the next forward reads: the new column (B, 1), or all columns."""
+        return new if self.keys is not None else torch.cat([before, new], dim=1)
+
+
 @torch.no_grad()
 def _decode(
     policy: Role,
@@ -122,16 +153,17 @@ def _decode(
     tokens, mask = _left_padded(prompts, device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     alive = torch.arange(len(rows), device=device)  # rows still in the cache
-    cache = DynamicCache(config=base.model.config)
+    cache = _Cache(base)
     with policy.active():
         for t in range(sampling.max_new_tokens):
             states = base.model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+                input_ids=tokens, attention_mask=mask, position_ids=position, **cache.arguments()
             ).last_hidden_state[:, -1]  # (B, H)
             if t == 0 and count > 1:
-                cache.batch_repeat_interleave(count)
-                states, mask = states.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
-                position = position.repeat_interleave(count, 0)
+                cache.repeat(count)
+                states, mask, tokens, position = (
+                    x.repeat_interleave(count, 0) for x in (states, mask, tokens, position)
+                )
             token, logp = _draw(base.logits(states), drawn[alive, t], sampling)
             ids[alive, t], logps[alive, t] = token, logp
             ended = torch.isin(token, stops)
@@ -141,11 +173,12 @@ def _decode(
             if len(going) == 0:
                 break
             if len(going) < len(alive):
-                cache.batch_select_indices(going)
-                alive, mask, position, token = alive[going], mask[going], position[going], token[going]
-            tokens = token[:, None]
+                cache.select(going)
+                alive, mask, position = alive[going], mask[going], position[going]
+                tokens, token = tokens[going], token[going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position[:, -1:] + 1
+            tokens = cache.next(tokens, token[:, None])
+            position = cache.next(position, position[:, -1:] + 1)
     table, logp_table = ids.cpu().numpy().astype(np.int32), logps.cpu().numpy()
     return [
         Completed(table[i, :n], logp_table[i, :n], bool(done))

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,8 +78,8 @@ class FunctionReward:
         arguments = {**columns, "prompts": prompts, "completions": list(rollout.completions)}
         result = self._call(arguments)
         try:
-            scores = [float(s) for s in result]
-        except (TypeError, ValueError) as error:
+            scores = _numbers(result)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"returned {type(result).__name__} {str(result)[:60]}; a list of numbers is wanted",
                              self.where) from error  # fmt: skip
         if len(scores) != len(rollout.tasks):
@@ -97,14 +97,26 @@ class FunctionReward:
         try:
             with time_limit(self.timeout), contextlib.redirect_stdout(spoken):
                 result = self.function(**arguments)
-        except TimeoutError as error:
+                if isinstance(result, Iterator):
+                    result = list(result)
+        except _OutOfTime as error:
             raise ModelError(f"took longer than {self.timeout:g} s", self.where, "raise rewards.timeout") from error
         except (Exception, SystemExit) as error:
             line = _line_of(error, self.where.rpartition(":")[0])
             raise ModelError(f"raised {type(error).__name__}: {error}{line}", self.where) from error
-        if spoken.getvalue():
+        finally:
             sys.stderr.write(spoken.getvalue())
         return result
+
+
+def _numbers(result: Any) -> list[float]:
+    """A sequence of numbers as floats. Raises TypeError for text, mappings and sets, which only look like one."""
+    if isinstance(result, str | bytes | Mapping | Set):
+        raise TypeError
+    values = list(result)
+    if any(isinstance(value, str | bytes) for value in values):
+        raise TypeError
+    return [float(value) for value in values]
 
 
 @dataclass(frozen=True)
@@ -235,15 +247,19 @@ def _line_of(error: BaseException, file: str) -> str:
     return f" ({file}:{line})" if line else ""
 
 
+class _OutOfTime(BaseException):
+    """The time limit was reached. Not an Exception: a function that catches those is stopped all the same."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError when the body takes longer. Works where signals do: in the main thread."""
+    """_OutOfTime when the body takes longer. Works where signals do: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
+        raise _OutOfTime
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
