@@ -105,7 +105,7 @@ def _check_targets(base: Base, config: LoraConfig) -> None:
     assert base.peft is not None
     if not isinstance(config.target_modules, (list, set)):
         return
-    found = base.peft.base_model.targeted_module_names  # type: ignore[union-attr]
+    found: list[str] = base.peft.base_model.targeted_module_names  # type: ignore[assignment]
     layers = {n.rpartition(".")[2] for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
     for name in sorted(config.target_modules):
         if not any(f".{full}".endswith(f".{name}") for full in found):

@@ -75,8 +75,9 @@ def segment_attention(
         k, v = key[:, :, own], value[:, :, own]
         if parent is not None:
             k, v = torch.cat([key[:, :, parent], k], dim=2), torch.cat([value[:, :, parent], v], dim=2)
-        narrow = window is not None and k.shape[2] > window
-        mask = _band(own.stop - own.start, k.shape[2], window, query.device) if narrow else whole
+        mask = whole
+        if window is not None and k.shape[2] > window:
+            mask = _band(own.stop - own.start, k.shape[2], window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 query[:, :, own], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling

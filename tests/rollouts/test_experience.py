@@ -30,8 +30,8 @@ def experience(lengths: list[int], seed: int = 0) -> Experience:
     logp, mask = pad([-torch.rand(n, generator=generator) for n in lengths])
     reference, _ = pad([-torch.rand(n, generator=generator) for n in lengths])
     n = len(lengths)
-    return Experience(Rollout([], [], []), torch.ones(n, dtype=torch.bool), torch.arange(n), mask, logp, logp, reference,
-                      torch.zeros_like(logp))  # fmt: skip
+    done, group = torch.ones(n, dtype=torch.bool), torch.arange(n)
+    return Experience(Rollout([], [], []), done, group, mask, logp, logp, reference, torch.zeros_like(logp))
 
 
 @settings(max_examples=60, deadline=None)

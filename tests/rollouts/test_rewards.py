@@ -83,7 +83,8 @@ def refused(call: Callable[[], Any], *words: str, kind: type[RlhfError] = ModelE
 @pytest.mark.parametrize(
     "result",
     ["[1, 2.5, True]", "(1, 2.5, 1)", "numpy.array([1, 2.5, 1])",
-     "[numpy.float32(1), numpy.float64(2.5), numpy.int64(1)]", "torch.tensor([1, 2.5, 1])", "[torch.tensor(1.0), torch.tensor(2.5), 1]", "(x for x in (1, 2.5, 1))",
+     "[numpy.float32(1), numpy.float64(2.5), numpy.int64(1)]", "torch.tensor([1, 2.5, 1])",
+     "[torch.tensor(1.0), torch.tensor(2.5), 1]", "(x for x in (1, 2.5, 1))",
      "[numpy.array(1), 2.5, 1]"],
 )  # fmt: skip
 def test_kinds_of_numbers(made: Write, result: str) -> None:

@@ -33,7 +33,7 @@ CHATML = (
         ("identity.json", "sft", None, {}, "alpaca", "74"),
         ("glaive_toolcall_en_demo.json", "sft", None, {}, "sharegpt", ""),
         ("gsm8k_train.jsonl", "sft", None, QA, "prompt_completion", "2000"),
-        ("imdb_scored.jsonl", "sft", None, {"completion": "text"}, "prompt_completion", "1397"),
+        ("imdb_scored.jsonl", "sft", None, {"completion": "text"}, "prompt_completion", "1392"),
         ("dpo_en_demo.json", "dpo", "dpo", {}, "sharegpt_preference", ""),
         ("dpo_zh_demo.json", "dpo", "ipo", {}, "sharegpt_preference", ""),
         ("dpo_en_demo.json", "train-rm", "bradley_terry", {}, "sharegpt_preference", ""),
