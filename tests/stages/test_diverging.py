@@ -51,3 +51,13 @@ def test_a_wild_learning_rate(toy: Callable[..., dict[str, Any]], stage: str, ki
     assert json.loads((kept / "state.json").read_text())["step"] == last["step"] - 1
     assert not (run / "DONE").exists()
     assert not (run / "final").exists()
+
+
+def test_a_wild_learning_rate_in_ppo(toy: Callable[..., dict[str, Any]], world: Path) -> None:
+    settings = {"rewards": [{"function": f"{world / 'reward.py'}:true_reward"}], "rollout": {"max_new_tokens": 6},
+                "ppo": {"mini_batches": 2}, "lora": None}  # fmt: skip
+    content = toy("ppo", "prompts", **w.merged(WILD, settings))
+    outcome = quick("ppo", w.save(content, Path(content["output_dir"]).with_suffix(".yaml")))
+    assert (outcome.code, len(outcome.errors)) == (5, 1), outcome.err
+    assert "prompts.jsonl:" in outcome.errors[0]
+    assert not (Path(content["output_dir"]) / "DONE").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +45,22 @@ def test_first_steps_are_equal(toy: Callable[..., dict[str, Any]], name: str) ->
             for key in old.keys() - {"num_tokens"}:
                 size = abs(float(old[key])) if key in LOOSE else 1.0
                 assert new[key] == pytest.approx(old[key], abs=1e-5 * max(1.0, size)), (variant, key, old["step"])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_first_rollouts_are_equal(toy: Callable[..., dict[str, Any]], rm: Path, full: bool) -> None:
+    """PPO: the completions that are drawn, what the four roles say of them, and both losses."""
+    calm = {
+        "rewards": [{"run": str(rm)}], "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2},
+        "ppo": {"mini_batches": 2, "epochs": 1}, "data": {"eval": None}, "lora": None if full else w.LORA,
+        "training": {"max_steps": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-6, "batch_size": 8},
+    }  # fmt: skip
+    known = w.metrics(train(toy("ppo", "prompts", "plain", **calm)))
+    assert known[-1]["step"] == 2
+    changes = {**VARIANTS, "few-at-once": {"rollout": {"max_batch": 2}}}
+    for variant, change in changes.items():
+        found = w.metrics(train(toy("ppo", "prompts", variant, **w.merged(calm, change))))
+        for old, new in zip(known, found, strict=True):
+            assert old.keys() == new.keys()
+            for key in old.keys() - {"num_tokens", "rollout/logprob_gap_max"}:
+                assert new[key] == pytest.approx(old[key], rel=1e-4, abs=2e-5), (variant, key, old["step"])
