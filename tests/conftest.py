@@ -17,7 +17,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """Without `-m gpu` everything runs on the CPU, where runs repeat bit for bit."""
     if "gpu" not in (config.option.markexpr or ""):

@@ -15,7 +15,9 @@ from tests.stages.conftest import quick
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 DATA, MODEL = SHARED / "data", SHARED / "models" / "stories260K"
-pytestmark = pytest.mark.skipif(not (DATA.is_dir() and MODEL.is_dir()), reason="no real data or model beside the project")
+pytestmark = pytest.mark.skipif(
+    not (DATA.is_dir() and MODEL.is_dir()), reason="no real data or model beside the project"
+)
 
 QA = {"prompt": "question", "completion": "answer"}
 SCORED = {"completion": "text", "score": "reward"}

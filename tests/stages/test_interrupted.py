@@ -116,6 +116,57 @@ def test_the_signal_in_the_last_step_ends_the_run_as_usual(toy: Toy, monkeypatch
     assert (train(content) / "DONE").exists()
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(toy: Toy, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Before the first checkpoint it starts over; later it forgets the lines written after the checkpoint."""
+    more = w.merged(OFTEN, {"objective": {"name": "dpo"}, "training": {"max_steps": 7}})
+    content = toy("dpo", "pairs", "died", **more)
+    run, tick = Path(content["output_dir"]), Engine.tick
+
+    def dies(self: Engine, metrics: dict[str, float]) -> None:
+        tick(self, metrics)
+        if self.step == step - 1:
+            raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "tick", dies)
+        outcome = quick("dpo", w.save(content, run.with_suffix(".yaml")))
+    assert (outcome.code, len(outcome.errors)) == (1, 1)
+    assert "the power is gone" in outcome.errors[0]
+    assert "Traceback" not in outcome.err
+    assert "Traceback" in (run / "run.log").read_text()
+    assert w.metrics(run)[-1]["step"] == step - 1
+    train(content)
+    assert_same(run, train(toy("dpo", "pairs", "whole", **more)))
+
+
+def test_a_second_signal_leaves_at_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    content = toy("dpo", "pairs", "run", objective={"name": "dpo"}, checkpoint={"every": 2}, training={"max_steps": 5})
+    run, tick = Path(content["output_dir"]), Engine.tick
+
+    def twice(self: Engine, metrics: dict[str, float]) -> None:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Left, match="143"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt
+        tick(self, metrics)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "tick", twice)
+        patched.setattr(os, "_exit", leave)
+        outcome = quick("dpo", w.save(content, run.with_suffix(".yaml")))
+    assert outcome.code == 130
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert "resumed from" in quick("dpo", run.with_suffix(".yaml")).err
+
+
 # --- in a process of its own -----------------------------------------------------------------------------
 
 
@@ -148,6 +199,7 @@ def test_a_process_that_got_sigterm(toy: Toy, world: Path, rm: Path, stage: str)
     run, code, said = stopped_process(content("stopped"), 5)
     assert code == 143, said
     assert "Traceback" not in said
+    assert "Warning" not in said
     assert "error: SIGTERM: stopped after step" in said
     assert not (run / "DONE").exists()
     again = quick(stage, run.with_suffix(".yaml"))
