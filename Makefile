@@ -56,7 +56,7 @@ RUNS := $(foreach run,pretrain sft rm $(METHODS),$(DEMO)/$(run)/DONE)
 demo: $(READY) ## the whole chain on a tiny model, offline: sft -> train-rm -> ppo and sft -> dpo, orpo, simpo
 	@if $(MAKE) -q --no-print-directory $(DEMO)/table.md; \
 		then cat $(DEMO)/table.md; echo "demo is up to date"; \
-		else $(MAKE) --no-print-directory $(DEMO)/table.md; fi
+		else $(MAKE) -j2 --no-print-directory $(DEMO)/table.md; fi
 
 $(DEMO)/world/DONE: scripts/make_tiny.py $(TINY)/reward.py | $(READY)
 	$(BIN)/python scripts/make_tiny.py --out $(DEMO)/world

@@ -28,7 +28,10 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = ("good fine great sweet bad poor awful sour tell of red blue green tall small old new quick slow round").split()
+WORDS = (
+    "good", "fine", "great", "sweet", "bad", "poor", "awful", "sour", "tell", "of",
+    "red", "blue", "green", "tall", "small", "old", "new", "quick", "slow", "round",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

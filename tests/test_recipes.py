@@ -1,4 +1,4 @@
-"""Every shipped recipe is valid, and is rehearsed on the tiny model: its own settings, other model, data and lengths."""
+"""Every shipped recipe is valid and is rehearsed on the tiny model: its own settings, other model, data and lengths."""
 
 from __future__ import annotations
 

@@ -111,11 +111,12 @@ def _train(
 ) -> None:
     """Read the recipe, open the run directory, hand over to the stage."""
     from rlhf_cli.cli.view import make_display
+    from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.runs.directory import Run
     from rlhf_cli.runs.options import Options
 
-    recipe = read_recipe(path, overrides, stage)
+    recipe = inherit_adapter(read_recipe(path, overrides, stage))
     display = make_display(quiet, verbose)
     run = Run.open(recipe, shlex.join(["rlhf", *sys.argv[1:]]), resume)
     try:

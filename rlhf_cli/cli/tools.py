@@ -106,10 +106,11 @@ def _gib(size: int) -> str:
 def check_one(path: str, overrides: Sequence[str], command: str) -> str:
     """Check a recipe, its data and its run directory, loading no model. Returns a line; raises what is wrong."""
     from rlhf_cli.data.prepare import check_data
+    from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.runs.directory import Run
 
-    recipe = read_recipe(path, overrides, None)
+    recipe = inherit_adapter(read_recipe(path, overrides, None))
     found: list[RlhfError] = []
     lines: list[str] = []
     try:

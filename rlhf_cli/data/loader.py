@@ -27,7 +27,8 @@ class Loader:
         chosen = []
         for number, weight in enumerate(self.weights):
             members = np.flatnonzero(self.source == number)
-            whole, part = divmod(round(weight * len(members)), max(1, len(members)))
+            wanted = max(1, round(weight * len(members))) if len(members) else 0
+            whole, part = divmod(wanted, max(1, len(members)))
             chosen += [members] * whole + [random.permutation(members)[:part]]
         pool = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
         return random.permutation(pool)

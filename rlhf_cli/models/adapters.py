@@ -60,20 +60,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
-def check_same_shape(settings: LoraSettings, config: LoraConfig, where: str) -> None:
-    """RecipeError when the recipe asks, in so many words, for another adapter than the one it continues."""
-    have = {
-        "r": config.r, "alpha": config.lora_alpha, "use_dora": config.use_dora, "use_rslora": config.use_rslora,
-        "target_modules": config.target_modules,
-    }  # fmt: skip
-    for key in sorted(settings.model_fields_set & {"r", "alpha", "use_dora", "use_rslora"}):
-        if getattr(settings, key) != have[key]:
-            raise RecipeError(
-                f"{getattr(settings, key)} is asked, but the adapter in {where} has {have[key]}", f"lora.{key}",
-                f"write {have[key]}, or leave the key out",
-            )  # fmt: skip
-
-
 def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Tensor] | None = None) -> None:
     """A new adapter called `name`: fresh (policy = base), or with the given tensors. Left switched off and frozen.
 
@@ -150,7 +136,7 @@ def write_adapter(base: Base, name: str, folder: Path, score: Tensor | None = No
     """A standard peft folder: with `score` (1, H), one of a sequence classifier."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(base, name).items()}
     config: dict[str, Any] = adapter_config(base, name).to_dict()
-    config |= {"base_model_name_or_path": base.source, "inference_mode": True}
+    config |= {"base_model_name_or_path": base.source, "revision": base.revision, "inference_mode": True}
     if score is not None:
         tensors[SCORE] = score.detach().cpu().contiguous()
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}

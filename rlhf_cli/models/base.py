@@ -18,7 +18,7 @@ from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
-from rlhf_cli.recipe.model_path import ModelPath, fingerprint, resolve_model
+from rlhf_cli.recipe.model_path import ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.schema import ModelSettings
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Text:
     template: Template
     config: PreTrainedConfig
     generation: GenerationConfig | None
+    revision: str | None = None
+    """Branch, tag or commit of a hub base."""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     """Of the computation."""
+    revision: str | None = None
     packed: bool = False
     """Whether attention by segments gives this architecture's own numbers."""
     peft: PeftModel | None = None
@@ -116,9 +119,12 @@ def load_text(settings: ModelSettings, role: str = "policy") -> Text:
     quiet()
     path = resolve_model(settings.name_or_path)
     source = path.base if path.kind == "adapter" and path.base else str(path.weights or path.name)
+    revision = settings.revision
+    if revision is None and path.kind == "adapter" and path.weights is not None:
+        revision = read_json(path.weights / "adapter_config.json").get("revision")
     safe: dict[str, Any] = {"trust_remote_code": False}
-    if settings.revision:
-        safe["revision"] = settings.revision
+    if revision:
+        safe["revision"] = revision
     config = _attempt("no usable config.json", source, lambda: AutoConfig.from_pretrained(source, **safe))
     architecture = (config.architectures or ["a model without a named architecture"])[0]
     is_reward = path.role == "reward" or (path.kind == "full" and architecture.endswith("ForSequenceClassification"))
@@ -133,7 +139,7 @@ def load_text(settings: ModelSettings, role: str = "policy") -> Text:
     if not template.stop_ids:
         raise ModelError("the tokenizer has no end token, so nothing would ever stop", own,
                          "set eos_token in tokenizer_config.json")  # fmt: skip
-    return Text(path, source, tokenizer, template, config, generation)
+    return Text(path, source, tokenizer, template, config, generation, revision)
 
 
 def _end_ids(generation: GenerationConfig | None) -> list[int]:
@@ -167,7 +173,9 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier: bool = False) -> Base:
+def load_base(
+    source: str, settings: ModelSettings, *, trained: bool, classifier: bool = False, revision: str | None = None
+) -> Base:
     """The weights, on the device: in float32 when `trained` (full fine-tuning), else in the compute dtype.
 
     Raises ModelError: missing, extra or non-finite tensors, pickled weights, remote code, no memory.
@@ -186,8 +194,8 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
         "ignore_mismatched_sizes": True,  # so that _check_tensors can name them
         "output_loading_info": True,
     }
-    if settings.revision:
-        arguments["revision"] = settings.revision
+    if revision:
+        arguments["revision"] = revision
     if quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
@@ -204,7 +212,7 @@ def load_base(source: str, settings: ModelSettings, *, trained: bool, classifier
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
-    return Base(model, source, _identity(source, model), device, dtype)
+    return Base(model, source, _identity(source, model), device, dtype, revision)
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

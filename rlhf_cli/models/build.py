@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters
-from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base, load_text
+from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.schema import ModelSettings, Recipe
@@ -30,7 +31,7 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
             "lora",
             "add `lora: {}` to go on training it",
         )
-    base = load_base(text.source, settings, trained=lora is None)
+    base = load_base(text.source, settings, trained=lora is None, revision=text.revision)
     check_vocabulary(base, text)
     check_logits(base)
     base.packed = recipe.training.layout != "padded" and allows_packing(base)
@@ -45,9 +46,7 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     elif starts_from_adapter:
         check_base(text, base)
         config, tensors = adapters.read_adapter(str(text.path.weights))
-        adapters.check_same_shape(lora, config, settings.name_or_path)
-        if "dropout" in lora.model_fields_set:
-            config.lora_dropout = lora.dropout
+        config.lora_dropout = lora.dropout
         adapters.add_adapter(base, "policy", config, tensors)
         role = Role("policy", base, "policy", trained=True)
     else:
@@ -96,20 +95,12 @@ def load_reference(policy: Role, text: Text) -> tuple[Role, str]:
     return Role("reference", base, "reference"), f"a frozen copy of the adapter in {text.path.name}"
 
 
-def load_named_reference(recipe: Recipe, name: str, text: Text) -> tuple[Role, str]:
-    """Another model as reference. Raises ModelError when its vocabulary or template is another one."""
-    settings = recipe.model.model_copy(update={"name_or_path": name, "revision": None})
-    other = load_text(settings)
-    if other.template.digest != text.template.digest:
-        raise ModelError("the reference has another tokenizer or chat template than the policy", name)
-    return frozen_role("reference", settings, other, None), name
-
-
 def _frozen_copy(base: Base) -> Base:
-    model = copy.deepcopy(base.model).to(base.dtype)  # type: ignore[arg-type]
-    for parameter in model.parameters():
+    model = copy.deepcopy(base.model)
+    for parameter in model.parameters():  # and not the buffers: rotary frequencies stay in float32
         parameter.requires_grad_(False)
-    return Base(model.eval(), base.source, base.fingerprint, base.device, base.dtype, base.packed)
+        parameter.data = parameter.data.to(base.dtype)
+    return replace(base, model=model.eval(), open_graph=None)
 
 
 def scalar_head(base: Base, weight: torch.Tensor | None = None, bias: float | None = None) -> nn.Linear:
@@ -132,7 +123,9 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     """A finished model as a frozen role: on `shared` when that holds its base weights, else on a base of its own."""
     reward = text.path.role == "reward" or (text.config.architectures or [""])[0].endswith("ForSequenceClassification")
     if text.path.kind == "full":
-        base = load_base(text.source, settings, trained=False, classifier=reward)
+        if shared is not None and not reward and shared.peft is not None and text.source == shared.source:
+            return Role(name, shared)
+        base = load_base(text.source, settings, trained=False, classifier=reward, revision=text.revision)
         base.packed = allows_packing(base)
         disable_dropout(base)
         if not reward:
@@ -140,7 +133,11 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
         return Role(name, base, None, scalar_head(base, _score_weight(base, text)))
     config, tensors = adapters.read_adapter(str(text.path.weights))
     fits = shared is not None and _same_base(text, shared)
-    base = shared if shared is not None and fits else load_base(text.source, settings, trained=False)
+    base = (
+        shared
+        if shared is not None and fits
+        else load_base(text.source, settings, trained=False, revision=text.revision)
+    )
     if base is not shared:
         base.packed = allows_packing(base)
     check_base(text, base)

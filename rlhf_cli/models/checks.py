@@ -42,7 +42,9 @@ def check_logits(base: Base) -> None:
         with role.active():
             ours = base.logits(role.hidden(batch)).float()
             theirs = base.model(input_ids=batch.ids, attention_mask=mask, position_ids=batch.position).logits.float()
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"this architecture ({type(base.model).__name__}) cannot be run here: {error}", base.source,
             "report it with the name of the model",

@@ -95,11 +95,13 @@ class Role:
             self.base.open_graph = self
         return states.reshape(-1, states.shape[-1])
 
-    def logp(self, batch: Batch, temperature: float = 1.0) -> TokenLogp:
-        """Log-probability, entropy and mean log-probability of each scored token: (T,), float32."""
+    def logp(self, batch: Batch, temperature: float = 1.0, *, statistics: bool = True) -> TokenLogp:
+        """Log-probability and, with `statistics`, entropy and vocabulary mean of each scored token: (T,), float32."""
         hidden = self.hidden(batch)[batch.predictors]
         ids = batch.ids.view(-1)[batch.targets]
-        return token_logp(hidden, self.base.logits, ids, temperature, vocabulary=self.base.vocabulary)
+        return token_logp(
+            hidden, self.base.logits, ids, temperature, vocabulary=self.base.vocabulary, statistics=statistics
+        )
 
     def values(self, batch: Batch) -> Tensor:
         """Value of the state before each scored token: (T,), float32."""

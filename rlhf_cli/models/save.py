@@ -102,9 +102,12 @@ def pad_id(text: Text) -> int | None:
     return None
 
 
-def open_reward(folder: Path, text: Text, role: Role) -> torch.nn.Module:
-    """The saved reward model, opened as any user of transformers and peft would, its base quantised as in training."""
-    dtype, device = role.base.dtype, role.base.device
+def open_reward(folder: Path, text: Text, role: Role, device: torch.device) -> torch.nn.Module:
+    """The saved reward model, opened as any user of transformers and peft would, its base quantised as in training.
+
+    An adapter's base brings its own padding token; where that ends texts, it has to be told another one.
+    """
+    dtype = role.base.dtype
     if role.adapter is None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         return model.to(device).eval()
@@ -114,7 +117,9 @@ def open_reward(folder: Path, text: Text, role: Role) -> torch.nn.Module:
         settings = copy.deepcopy(settings)
         settings.llm_int8_skip_modules = ["score"]
         quantized = {"quantization_config": settings, "device_map": {"": device}}
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype, **quantized)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, pad_token_id=pad_id(text), dtype=dtype, **quantized
+    )
     keep_4bit_layout(model)
     opened = PeftModel.from_pretrained(model, str(folder)).eval()
     return opened if quantized else opened.to(device)

@@ -25,11 +25,15 @@ class TokenLogp(NamedTuple):
     mean: Tensor  # (T,) mean over the vocabulary of the log-probabilities
 
 
-def _chunk(hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
-    """One chunk: hidden (C, H), ids (C,) -> (3, C) logp, entropy, mean."""
+def _chunk(
+    hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float, statistics: bool
+) -> Tensor:
+    """One chunk: hidden (C, H), ids (C,) -> (3, C) logp, entropy, mean; (1, C) logp alone without statistics."""
     logits = head(hidden).float() / temperature  # (C, V)
     total = torch.logsumexp(logits, dim=-1)  # (C,)
     logp = logits.gather(1, ids[:, None]).squeeze(1) - total
+    if not statistics:
+        return logp[None]
     entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
     return torch.stack([logp, entropy, logits.mean(-1) - total])
 
@@ -41,12 +45,14 @@ def token_logp(
     temperature: float = 1.0,
     chunk: int | None = None,
     vocabulary: int | None = None,
+    statistics: bool = True,
 ) -> TokenLogp:
     """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
 
     At most `chunk` rows of logits (default: as many as make 64 MiB for `vocabulary` columns) are alive at a time, in
     the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to
-    logits (bias, scale, soft-capping). The result does not depend on the chunk.
+    logits (bias, scale, soft-capping). The result does not depend on the chunk. Without `statistics` entropy and mean
+    are not computed: empty.
     """
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else 512
@@ -56,8 +62,11 @@ def token_logp(
     parts = []
     for h, i in zip(hidden.split(chunk), ids.split(chunk), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk, h, i, head, temperature, use_reentrant=False, preserve_rng_state=False))
+            part = checkpoint(
+                _chunk, h, i, head, temperature, statistics, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            parts.append(_chunk(h, i, head, temperature))
-    logp, entropy, mean = torch.cat(parts, dim=1)
-    return TokenLogp(logp, entropy, mean)
+            part = _chunk(h, i, head, temperature, statistics)
+        parts.append(part)
+    whole = torch.cat(parts, dim=1)
+    return TokenLogp(*whole) if statistics else TokenLogp(whole[0], whole[0, :0], whole[0, :0])

@@ -41,20 +41,3 @@ def sum_by_sequence(x: Tensor, sequence: Tensor, count: int) -> Tensor:
 def lengths(sequence: Tensor, count: int) -> Tensor:
     """Tokens of each sequence: sequence (T,) -> (count,) int64."""
     return torch.bincount(sequence, minlength=count)
-
-
-def place(sequence: Tensor) -> Tensor:
-    """Index of each token within its sequence: sequence (T,) sorted ascending -> (T,)."""
-    first = torch.searchsorted(sequence, sequence, right=False)
-    return torch.arange(len(sequence), device=sequence.device) - first
-
-
-def to_rows(x: Tensor, sequence: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Flat tokens x (T,), grouped by sequence (T,) ascending -> (rows (B, T), mask (B, T)), right-padded with zeros."""
-    column = place(sequence)
-    width = int(column.max()) + 1 if len(column) else 0
-    rows = x.new_zeros(count, width)
-    mask = torch.zeros(count, width, dtype=torch.bool, device=x.device)
-    rows[sequence, column] = x
-    mask[sequence, column] = True
-    return rows, mask

@@ -77,7 +77,7 @@ class LoraSettings(Settings):
     alpha: Positive = 32.0
     """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with use_rslora)."""
     dropout: Share = 0.0
-    """Dropout on the adapter's input. Switched off in preference and PPO stages."""
+    """Dropout on the adapter's input. Used by sft; the other stages compare the model with itself and switch it off."""
     target_modules: str | list[str] = "all-linear"
     """Which layers: all-linear, a list of names, or a regular expression."""
     use_dora: bool = False
@@ -149,9 +149,9 @@ class TrainingSettings(Settings):
     """The same as a number of steps; instead of warmup_ratio."""
     optimizer: Optimizer = "adamw"
     """adamw, its 8-bit and paged forms (bitsandbytes), adafactor or sgd."""
-    adam_beta1: Share = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
-    adam_beta2: Share = 0.999
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the second moment."""
     adam_epsilon: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -187,7 +187,7 @@ class EvaluationSettings(Settings):
     samples: Annotated[int, Field(ge=0)] = 4
     """How many held-out prompts to complete at each evaluation, for samples.jsonl and the report."""
     max_new_tokens: Count = 128
-    """Length limit of those samples."""
+    """Length limit of those samples; ppo samples with rollout.max_new_tokens."""
 
 
 class Recipe(Settings):
@@ -221,6 +221,8 @@ class Recipe(Settings):
                 "model.quantization is set but lora is null: a quantised base cannot be trained itself; "
                 "add `lora: {}` or set `quantization: none`"
             )
+        if self.model.quantization == "int8" and self.lora is not None and self.lora.use_dora:
+            raise ValueError("lora.use_dora does not work on model.quantization int8: use nf4, or use_dora: false")
         return self
 
 
@@ -278,6 +280,10 @@ class RewardSettings(Settings):
         if (self.run is None) == (self.function is None):
             raise ValueError("give exactly one of run and function")
         return self
+
+    def title(self) -> str:
+        """Its name in the metrics."""
+        return self.name or (self.run or "").rstrip("/").rpartition("/")[2] or (self.function or "").rpartition(":")[2]
 
 
 class RolloutSettings(Settings):
@@ -358,6 +364,9 @@ class PPORecipe(Recipe):
                 f"a rollout of training.batch_size x ppo.mini_batches = {rollout} completions cannot be shared out in "
                 f"groups of rollout.completions_per_prompt = {each}"
             )
+        titles = [reward.title() for reward in self.rewards]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"two rewards have the same name ({', '.join(titles)}): give each a `name`")
         if self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "

@@ -16,6 +16,7 @@ from rlhf_cli.data.examples import Task
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.models.roles import Role
+from rlhf_cli.objectives.kl import k1
 from rlhf_cli.rollouts.generate import Completed, Sampling, sample
 from rlhf_cli.rollouts.rewards import Infer, Rollout
 
@@ -58,11 +59,14 @@ def collect(
     rows = [(g, c) for g, group in enumerate(drawn) for c in group]
     samples = [_as_sample(prompts[g], c, tasks[g].where) for g, c in rows]
     rollout = Rollout(
-        [tasks[g] for g, _ in rows], [template.decode(c.ids, after=prompts[g]) for g, c in rows], samples
-    )  # fmt: skip
+        [tasks[g] for g, _ in rows],
+        [template.decode(c.ids, after=prompts[g]) for g, c in rows],
+        samples,
+        [c.finished for _, c in rows],
+    )
     temperature = sampling.temperature
     own = infer(policy, samples, lambda b: torch.stack(policy.logp(b, temperature)[:2], dim=1))
-    frozen = infer(reference, samples, lambda b: reference.logp(b, temperature).logp)
+    frozen = infer(reference, samples, lambda b: reference.logp(b, temperature, statistics=False).logp)
     values = None if critic is None else infer(critic, samples, critic.values)
     sampled, mask = pad([torch.from_numpy(c.logp) for _, c in rows])
     return Experience(
@@ -104,7 +108,7 @@ def token_rewards(
     Ziegler et al. 2019 (arXiv:1909.08593) eq. 2; Stiennon et al. 2020 for the placement.
     """
     assert bool((experience.lengths > 0).all()), "a completion has at least its stop token"
-    rewards = -kl_coef * (experience.logp - experience.reference_logp)
+    rewards = -kl_coef * k1(experience.logp, experience.reference_logp)
     rewards = torch.where(experience.mask, rewards, torch.zeros_like(rewards))
     rows = torch.arange(len(scores))
     rewards[rows, experience.lengths - 1] += scores.to(rewards.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.kl import k3
+from rlhf_cli.objectives.kl import k1, k3
 from rlhf_cli.objectives.masked import masked_mean
 from rlhf_cli.rollouts.experience import Experience
 
@@ -17,8 +17,7 @@ def figures(
 
     KL and entropy in nats; explained variance is 1 - Var(returns - values) / Var(returns).
     """
-    log_ratio = torch.where(experience.mask, experience.logp - experience.reference_logp, 0.0)
-    kl = log_ratio.sum(1)  # (N,)
+    kl = torch.where(experience.mask, k1(experience.logp, experience.reference_logp), 0.0).sum(1)  # (N,)
     out = {
         "objective/scores": float(raw.mean()),
         "objective/scores_std": float(raw.std(correction=0)),

@@ -53,23 +53,31 @@ def sample(
     """`count` completions of each prompt. Raises ModelError when a single prompt does not fit the memory."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     out: list[list[Completed]] = [[] for _ in prompts]
-    batch = max(1, sampling.max_batch // count)
-    start = 0
+    room, start, done = sampling.max_batch, 0, 0  # done: completions of the prompt at `start`
     while start < len(order):
-        group = order[start : start + batch]
+        each = min(count - done, room)
+        group = order[start : start + max(1, room // each)] if each == count else [order[start]]
+        rows = [i * count + done + k for i in group for k in range(each)]
         try:
-            rows = _decode(policy, [prompts[i] for i in group], group, count, stop_ids, sampling, seed)
+            completed = _decode(policy, [prompts[i] for i in group], rows, each, stop_ids, sampling, seed)
         except torch.OutOfMemoryError as error:
-            if batch == 1:
-                raise ModelError("out of memory while sampling for a single prompt", "rollout.max_new_tokens",
-                                 "lower it, or rollout.completions_per_prompt") from error  # fmt: skip
-            batch = max(1, batch // 2)
+            if room == 1:
+                raise ModelError("out of memory while sampling a single completion", policy.base.source,
+                                 "lower the number of new tokens") from error  # fmt: skip
+            room = max(1, min(room, len(rows)) // 2)
             torch.cuda.empty_cache()
             continue
         for place, i in enumerate(group):
-            out[i] = rows[place * count : (place + 1) * count]
-        start += len(group)
+            out[i] += completed[place * each : (place + 1) * each]
+        done += each
+        if done == count:
+            start, done = start + len(group), 0
     return out
+
+
+def mixed(seed: int, step: int) -> int:
+    """A seed for one step of a run: runs of neighbouring seeds share no draws."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
 def _uniforms(seed: int, rows: Sequence[int], length: int) -> np.ndarray:
@@ -135,15 +143,14 @@ class _Cache:
 def _decode(
     policy: Role,
     prompts: Sequence[np.ndarray],
-    numbers: Sequence[int],
+    rows: Sequence[int],
     count: int,
     stop_ids: Sequence[int],
     sampling: Sampling,
     seed: int,
 ) -> list[Completed]:
-    """The completions of a few prompts, prompt by prompt; numbers: which prompts these are, for the uniforms."""
+    """`count` completions of each prompt, prompt by prompt; rows: the number of each completion, for its uniforms."""
     base, device = policy.base, policy.base.device
-    rows = [number * count + k for number in numbers for k in range(count)]
     drawn = torch.from_numpy(_uniforms(seed, rows, sampling.max_new_tokens)).to(device)  # (B, T)
     stops = torch.tensor(sorted(stop_ids), device=device)
     ids = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.int64, device=device)

@@ -7,7 +7,6 @@ import copy
 import importlib.util
 import inspect
 import io
-import json
 import math
 import signal
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
@@ -24,9 +24,10 @@ from torch import Tensor
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Completion, Sample
-from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.errors import DivergedError, ModelError, RecipeError
 from rlhf_cli.models.base import Text
 from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import RewardSettings
 
 STATISTICS = "reward.json"
@@ -40,6 +41,7 @@ class Rollout:
     tasks: Sequence[Task]  # N
     completions: Sequence[str]  # N texts without special tokens
     samples: Sequence[Sample]  # N, each one prompt with one completion, in the policy's tokens
+    finished: Sequence[bool] = ()  # N, whether a stop token ended it
 
 
 Infer = Callable[..., list[Tensor]]
@@ -95,7 +97,7 @@ class FunctionReward:
             arguments = {k: v for k, v in arguments.items() if k in parameters}
         spoken = io.StringIO()
         try:
-            with time_limit(self.timeout), contextlib.redirect_stdout(spoken):
+            with time_limit(self.timeout), contextlib.redirect_stdout(spoken), patch("os._exit", _leave):
                 result = self.function(**arguments)
                 if isinstance(result, Iterator):
                     result = list(result)
@@ -137,17 +139,19 @@ class ModelReward:
         samples = rollout.samples
         if self.template is not None:
             samples = [
-                retokenise(self.template, task, text)
-                for task, text in zip(rollout.tasks, rollout.completions, strict=True)
+                retokenise(self.template, task, text, finished=done)
+                for task, text, done in zip(rollout.tasks, rollout.completions, rollout.finished, strict=True)
             ]
         parts = infer(self.role, samples, self.role.score, "sequence")
         scores = np.array([float(p[0]) for p in parts], dtype=np.float64)
         return _clipped((scores - self.mean) / self.std, self.clip)
 
 
-def retokenise(template: Template, task: Task, completion: str) -> Sample:
-    """A completion of the policy in another model's tokens."""
-    ids, scored = template.completion_ids(task.prompt, completion)
+def retokenise(template: Template, task: Task, completion: str, *, finished: bool) -> Sample:
+    """A completion of the policy in another model's tokens, without the end token when it was cut."""
+    ids, scored = template.completion_ids(task.prompt, completion, task.where)
+    if not finished and len(ids) > 1:
+        ids, scored = ids[:-1], scored[:-1]
     prompt = np.array(template.prompt_ids(task.prompt), dtype=np.int32)
     return Sample(prompt, (Completion(np.array(ids, np.int32), np.array(scored, bool)),), {}, task.where)
 
@@ -160,7 +164,8 @@ def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer) -> tuple[np
         part = reward(rollout, infer)
         if not np.isfinite(part).all():
             row = int(np.flatnonzero(~np.isfinite(part))[0])
-            raise ModelError(f"the score of {rollout.tasks[row].where} is {part[row]}", f"reward {reward.name}")
+            raise DivergedError(f"the score of {rollout.tasks[row].where} is {part[row]}", f"reward {reward.name}",
+                                "nothing was learned from it; look at the reward model and that row")  # fmt: skip
         metrics[f"rewards/{reward.name}/mean"] = float(part.mean())
         metrics[f"rewards/{reward.name}/std"] = float(part.std())
         scores += reward.weight * part
@@ -190,7 +195,7 @@ def load_function(settings: RewardSettings, tasks: Sequence[Task]) -> FunctionRe
     function = getattr(module, attribute, None)
     if not callable(function):
         raise RecipeError(f"{file} has no function {attribute}", f"rewards.function {settings.function}")
-    reward = FunctionReward(settings.name or attribute, settings.weight, function, settings.function,
+    reward = FunctionReward(settings.title(), settings.weight, function, settings.function,
                             settings.clip, settings.timeout)  # fmt: skip
     _check_signature(reward, tasks)
     few = list(tasks[:2])
@@ -210,20 +215,25 @@ def _check_signature(reward: FunctionReward, tasks: Sequence[Task]) -> None:
                               f"({', '.join(sorted(offered))})", reward.where)  # fmt: skip
 
 
+def statistics(settings: RewardSettings, text: Text) -> tuple[float, float]:
+    """Mean and deviation to normalise a reward model by. RecipeError when they are wanted and absent."""
+    if not settings.normalize:
+        return 0.0, 1.0
+    file = None if text.path.weights is None else text.path.weights / STATISTICS
+    if file is None or not file.is_file():
+        raise RecipeError(f"no {STATISTICS} beside the reward model", f"rewards.run {settings.run}",
+                          "name a train-rm run, or set normalize: false")  # fmt: skip
+    stored = read_json(file)
+    return float(stored["mean"]), float(stored["std"])
+
+
 def model_reward(settings: RewardSettings, text: Text, role: Role, policy: Text) -> ModelReward:
-    """A loaded reward model with its stored statistics. Raises RecipeError when they are wanted and absent."""
-    assert settings.run is not None
-    file = Path(text.path.weights or "") / STATISTICS
-    mean, std = 0.0, 1.0
-    if settings.normalize:
-        if not file.is_file():
-            raise RecipeError(f"no {STATISTICS} beside the reward model", f"rewards.run {settings.run}",
-                              "train it with data.eval, or set normalize: false")  # fmt: skip
-        stored = json.loads(file.read_text())
-        mean, std = float(stored["mean"]), float(stored["std"])
+    """A loaded reward model with its stored statistics."""
+    mean, std = statistics(settings, text)
     same = text.template.digest == policy.template.digest
-    name = settings.name or Path(settings.run).name
-    return ModelReward(name, settings.weight, role, mean, std, settings.clip, None if same else text.template)
+    return ModelReward(
+        settings.title(), settings.weight, role, mean, std, settings.clip, None if same else text.template
+    )
 
 
 def plain_prompt(task: Task) -> Any:
@@ -245,6 +255,10 @@ def _line_of(error: BaseException, file: str) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" ({file}:{line})" if line else ""
+
+
+def _leave(code: int) -> None:
+    raise SystemExit(code)
 
 
 class _OutOfTime(BaseException):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rlhf_cli.catalog import Data
 from rlhf_cli.data.loader import Loader
@@ -85,8 +86,8 @@ def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
     return checkpoint.newest(run.checkpoints, display) if run.status == "resume" else None
 
 
-def finish(engine: Engine, save: Callable[[Path], None]) -> None:
-    """final/ whole or absent, report.html, and DONE last."""
+def finish(engine: Engine, save: Callable[[Path], None], prove: Callable[[Path], None] | None = None) -> None:
+    """final/ whole or absent, the proof of it, report.html, and DONE last."""
     run = engine.run
     draft = temporary(run.path / "final-new")  # not the name under which `discard` removes an old final/
     try:
@@ -97,14 +98,16 @@ def finish(engine: Engine, save: Callable[[Path], None]) -> None:
         if run.final.exists():
             discard(run.final)
         os.rename(draft, run.final)
-    except OSError as error:
-        raise disk_error(error, "the trained model cannot be written", run.final, "free some space") from error
+    except (OSError, SafetensorError) as error:
+        cause = error if isinstance(error, OSError) else OSError(0, str(error))
+        raise disk_error(cause, "the trained model cannot be written", run.final, "free some space") from error
     finally:
         remove_quietly(draft)
+    if prove is not None:
+        prove(run.final)
     metrics = last_metrics(run.path / "metrics.jsonl")
     engine.display.note(f"report: {write_report(run.path)}")
     run.finish(metrics)
-    engine.trackers.close()
     engine.display.note(f"done: {run.path}")
 
 

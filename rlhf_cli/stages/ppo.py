@@ -26,12 +26,12 @@ from rlhf_cli.models.build import lineage, load_policy, load_reference
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
 from rlhf_cli.objectives.kl import PolicyPenalty, k3
-from rlhf_cli.objectives.masked import whiten
+from rlhf_cli.objectives.masked import masked_mean, whiten
 from rlhf_cli.objectives.policy import clipped_policy, clipped_value, ratio
 from rlhf_cli.recipe.schema import PPORecipe
-from rlhf_cli.rollouts.experience import Experience, collect, token_rewards
+from rlhf_cli.rollouts.experience import Experience, collect, pad, token_rewards
 from rlhf_cli.rollouts.figures import figures
-from rlhf_cli.rollouts.generate import Sampling
+from rlhf_cli.rollouts.generate import Sampling, mixed
 from rlhf_cli.rollouts.rewards import Reward, total
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
@@ -46,7 +46,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     data = ppo_setup.read_tasks(recipe, text, display)
     tasks = cast("list[Task]", data.examples_train)
     functions = ppo_setup.load_functions(recipe, tasks)
-    reward_texts = ppo_setup.load_reward_texts(recipe)
+    reward_texts = ppo_setup.load_reward_texts(recipe, text, tasks)
     stop_ids = ppo_setup.stop_ids(recipe, text)
     rollout = recipe.training.batch_size * recipe.ppo.mini_batches
     loader = common.make_loader(recipe, data, rollout // recipe.rollout.completions_per_prompt)
@@ -69,7 +69,12 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
         return metrics | {"epoch": loader.position}
 
     def evaluate() -> dict[str, float]:
-        return ppo.evaluate(cast("list[Task]", data.examples_eval), data.eval) if data.eval else {}
+        if data.eval:
+            return ppo.evaluate(cast("list[Task]", data.examples_eval), data.eval)
+        few = recipe.evaluation.samples
+        if few:
+            ppo.evaluate(tasks[:few], data.train[:few])
+        return {}
 
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(policy, text, role="policy"))
@@ -121,7 +126,7 @@ class PPO:
 
     def iterate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """One rollout and its updates."""
-        seed = self.seed + self.engine.step + 1
+        seed = mixed(self.seed, self.engine.step + 1)
         experience, raw, metrics = self.roll_out(tasks, samples, self.each, seed, self.critic)
         if self.engine.step == 0:
             ppo_setup.check_first_rollout(experience, self.policy, self.engine.display)
@@ -146,19 +151,28 @@ class PPO:
         """The passes over a rollout; means of the figures over its updates."""
         random = np.random.Generator(np.random.Philox(key=[seed, 2**32]))
         rows, history = len(advantages), []
-        for _ in range(self.settings.epochs):
-            for chunk in np.array_split(random.permutation(rows), min(self.settings.mini_batches, rows)):
-                history.append(self.update(experience, advantages, returns, chunk))
-            limit = self.settings.target_kl
-            if limit is not None and history[-1]["policy/approxkl"] > 1.5 * limit:
+        parts = min(self.settings.mini_batches, rows)
+        chunks = [c for _ in range(self.settings.epochs) for c in np.array_split(random.permutation(rows), parts)]
+        for chunk in chunks:
+            history.append(self.update(experience, advantages, returns, chunk))
+            if history[-1]["policy/approxkl"] > 1.5 * (self.settings.target_kl or np.inf):
                 break
         means = {key: float(np.mean([h[key] for h in history])) for key in history[0]}
         means["policy/updates"] = float(len(history))
         means["policy/ratio_first"] = history[0]["val/ratio"]
         if self.penalty is not None:
             means["policy/penalty_coef"] = self.penalty.coef
-            self.penalty.follow(history[-1]["policy/approxkl"])
+            means["policy/kl_after"] = self.moved(experience)
+            self.penalty.follow(means["policy/kl_after"])
         return means
+
+    def moved(self, experience: Experience) -> float:
+        """KL per token from the policy of the rollout to the policy after its updates, on all of the rollout."""
+        temperature, samples = self.sampling.temperature, experience.rollout.samples
+        now = pad(
+            self.engine.infer(self.policy, samples, lambda b: self.policy.logp(b, temperature, statistics=False).logp)
+        )[0]
+        return float(masked_mean(k3(experience.logp, now), experience.mask))
 
     def update(
         self, experience: Experience, advantages: Tensor, returns: Tensor, chunk: np.ndarray
@@ -213,7 +227,7 @@ class PPO:
 
     def evaluate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """Scores of one completion of each held-out prompt, always drawn from the same uniforms."""
-        experience, scores, metrics = self.roll_out(tasks, samples, 1, self.seed, None)
+        experience, scores, metrics = self.roll_out(tasks, samples, 1, mixed(self.seed, 0), None)
         rollout = experience.rollout
         for i in range(min(self.engine.recipe.evaluation.samples, len(tasks))):
             self.engine.run.sample({

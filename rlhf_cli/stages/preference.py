@@ -23,7 +23,7 @@ from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.models.base import Text, load_text
-from rlhf_cli.models.build import lineage, load_named_reference, load_policy, load_reference
+from rlhf_cli.models.build import frozen_role, lineage, load_policy, load_reference
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
 from rlhf_cli.objectives.masked import lengths, sum_by_sequence
@@ -47,13 +47,14 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         )
     if "scores" in entry.needs:
         check_scores(entry, common.settings_of(recipe.objective), [*data.train, *(data.eval or [])])
+    named = named_reference(recipe, text)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
         return
     policy = load_policy(recipe, text, display)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])
-    reference = open_reference(recipe, entry, policy, text, engine, data.train)
+    reference = open_reference(recipe, entry, policy, text, named, engine, data.train)
     tuning = Tuning(engine, entry, common.settings_of(recipe.objective), policy, reference)
     tuning.remember("train", data.train)
     tuning.remember("eval", data.eval or [])
@@ -62,7 +63,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         chosen = loader.next()
         samples = common.select(data.train, chosen)
         metrics = engine.update(policy, samples, *tuning.arguments("train", samples, chosen))
-        return metrics | {"epoch": loader.position}
+        return with_margin(metrics) | {"epoch": loader.position}
 
     def evaluate() -> dict[str, float]:
         common.show_samples(engine, policy, text, data.eval or data.train)
@@ -70,12 +71,19 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
             return {}
         everything = np.arange(len(data.eval))
         metrics = engine.measure(policy, data.eval, *tuning.arguments("eval", data.eval, everything))
-        return {f"eval/{k}": v for k, v in metrics.items()}
+        return {f"eval/{k}": v for k, v in with_margin(metrics).items()}
 
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(policy, text, role="policy"))
     engine.fit(step)
     common.finish(engine, lambda folder: save_policy(policy, text, folder))
+
+
+def with_margin(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures with the margin of single completions: between the means of desirable and undesirable ones."""
+    if "rewards/margins" in metrics or not {"rewards/chosen", "rewards/rejected"} <= set(metrics):
+        return metrics
+    return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
 
 
 def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[Sample]) -> None:
@@ -90,16 +98,33 @@ def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[S
             raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
 
 
+def named_reference(recipe: Any, text: Text) -> Text | None:
+    """What is known of a reference the recipe names. ModelError when it speaks another language than the policy."""
+    name = getattr(recipe, "reference", None)
+    if name is None:
+        return None
+    other = load_text(recipe.model.model_copy(update={"name_or_path": name, "revision": None}))
+    if other.template.digest != text.template.digest:
+        raise ModelError("the reference has another tokenizer or chat template than the policy", name)
+    return other
+
+
 def open_reference(
-    recipe: Any, entry: Objective, policy: Role, text: Text, engine: Engine, samples: Sequence[Sample]
+    recipe: Any,
+    entry: Objective,
+    policy: Role,
+    text: Text,
+    named: Text | None,
+    engine: Engine,
+    samples: Sequence[Sample],
 ) -> Role | None:
     """The reference an objective needs, said aloud and checked against the untrained policy. Raises ModelError."""
     if "reference" not in entry.needs:
         return None
-    named = getattr(recipe, "reference", None)
     if named is not None:
-        reference, words = load_named_reference(recipe, named, text)
-        engine.display.note(f"reference: {words}")
+        reference = frozen_role("reference", recipe.model, named, policy.base)
+        engine.packed &= reference.base.packed
+        engine.display.note(f"reference: {named.path.name}")
         return reference
     reference, words = load_reference(policy, text)
     few = samples[:4]
@@ -168,7 +193,7 @@ class Tuning:
     @staticmethod
     def _sums(role: Role, batch: Batch) -> Tensor:
         """Summed log-probability of each completion: (N,)."""
-        return sum_by_sequence(role.logp(batch).logp, batch.owners, batch.sequences)
+        return sum_by_sequence(role.logp(batch, statistics=False).logp, batch.owners, batch.sequences)
 
     def _pair_loss(self, batch: Batch, group: list[int]) -> Losses:
         length = lengths(batch.owners, batch.sequences).view(-1, 2)  # (B, 2)
@@ -215,13 +240,14 @@ class Tuning:
 
     def _kl_point(self, samples: Sequence[Sample]) -> Tensor:
         """KTO's estimate of KL(policy || reference) over a whole step: the mean log-ratio of completions set under
-        another row's prompt, not below zero. A step of one row has no other row: 0."""
+        another row's prompt (its end, where both are too long), not below zero. A step of one row has no other: 0."""
         if len(samples) < 2:
             return torch.zeros(())
         assert self.reference is not None
-        turned = [*samples[1:], samples[0]]
+        turned, longest = [*samples[1:], samples[0]], self.engine.recipe.data.max_length
         mismatched = [
-            Sample(own.prompt, other.completions, {}, own.where) for own, other in zip(samples, turned, strict=True)
+            Sample(own.prompt[-(longest - len(other.completions[0].ids)) :], other.completions, {}, own.where)
+            for own, other in zip(samples, turned, strict=True)
         ]
         means = []
         for role in (self.policy, self.reference):

@@ -24,7 +24,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_policy, with_scalar_head
 from rlhf_cli.models.roles import Role
-from rlhf_cli.models.save import open_reward, save_reward
+from rlhf_cli.models.save import open_reward, pad_id, save_reward
 from rlhf_cli.recipe.schema import RewardRecipe
 from rlhf_cli.rollouts.rewards import STATISTICS
 from rlhf_cli.runs.directory import Run
@@ -77,11 +77,15 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(reward, text, role="reward"))
     engine.fit(step)
-    common.finish(engine, lambda folder: save(engine, reward, text, data, folder))
+    common.finish(
+        engine,
+        lambda folder: save(engine, reward, text, data, folder),
+        lambda folder: prove(engine, reward, text, (data.eval or data.train)[:4], folder),
+    )
 
 
 def save(engine: Engine, reward: Role, text: Text, data: Prepared, folder: Path) -> None:
-    """The model, the statistics of its scores, and the proof that the saved model scores as this one."""
+    """The model and the statistics of its scores."""
     save_reward(reward, text, folder)
     pairs = (data.eval or data.train)[:STATISTICS_ROWS]
     parts = engine.infer(reward, pairs, reward.score, "sequence")
@@ -89,22 +93,36 @@ def save(engine: Engine, reward: Role, text: Text, data: Prepared, folder: Path)
     mean, std = float(scores.mean()), float(scores.std())
     statistics = {"mean": mean, "std": max(std, 1e-6), "completions": len(scores), "held_out": bool(data.eval)}
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
-    check_round_trip(engine, reward, text, pairs[:4], parts[:4], folder)
 
 
-def check_round_trip(
-    engine: Engine, reward: Role, text: Text, pairs: list[Sample], parts: list[torch.Tensor], folder: Path
-) -> None:
+def prove(engine: Engine, reward: Role, text: Text, pairs: list[Sample], folder: Path) -> None:
     """ModelError when the saved folder, opened as a sequence classifier, scores a few rows otherwise."""
-    opened = open_reward(folder, text, reward)
+    parts = engine.infer(reward, pairs, reward.score, "sequence")
+    try:
+        worst = largest_gap(reward, text, pairs, parts, folder, reward.base.device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        worst = largest_gap(reward, text, pairs, parts, folder, torch.device("cpu"))
+    if not worst < (1e-4 if reward.base.dtype == torch.float32 else 5e-2):
+        raise ModelError(f"the saved reward model scores otherwise than the trained one (by {worst:.3g})", str(folder))
+    engine.display.note(f"round trip: the saved reward model scores equally (largest relative gap {worst:.1e})")
+    if reward.adapter is not None and reward.base.model.config.pad_token_id in text.template.stop_ids:
+        engine.display.note(
+            f"elsewhere, open it with pad_token_id={pad_id(text)}: its base pads with an end token, before which "
+            "transformers would read the score"
+        )
+
+
+def largest_gap(
+    reward: Role, text: Text, pairs: list[Sample], parts: list[torch.Tensor], folder: Path, device: torch.device
+) -> float:
+    """Largest difference, relative to the size of the score, between the opened folder's scores and ours."""
+    opened = open_reward(folder, text, reward, device)
     gaps = []
     for pair, known in zip(pairs, parts, strict=True):
         for completion, score in zip(pair.completions, known, strict=True):
             ids = torch.from_numpy(np.concatenate([pair.prompt, completion.ids]).astype(np.int64))[None]
             with torch.no_grad(), reward.base.autocast():
-                again = opened(input_ids=ids.to(reward.base.device)).logits[0, 0]
+                again = opened(input_ids=ids.to(device)).logits[0, 0]
             gaps.append(abs(float(again) - float(score)) / (1 + abs(float(score))))
-    worst = max(gaps)
-    if not worst < (1e-4 if reward.base.dtype == torch.float32 else 5e-2):
-        raise ModelError(f"the saved reward model scores otherwise than the trained one (by {worst:.3g})", str(folder))
-    engine.display.note(f"round trip: the saved reward model scores equally (largest relative gap {worst:.1e})")
+    return max(gaps)

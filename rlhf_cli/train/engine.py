@@ -10,10 +10,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.trackers import Trackers
 from rlhf_cli.train import checkpoint, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
+
+T = TypeVar("T")
+OVERFLOWS = 20
+"""Steps in a row that may overflow in float16, its loss scale falling, before training counts as diverged."""
 
 
 class Losses(NamedTuple):
@@ -63,6 +67,8 @@ class Learner:
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
+    skipped: int = 0
+    """Steps in a row that float16 overflowed and were not applied."""
 
 
 @dataclass
@@ -151,13 +157,14 @@ class Engine:
 
         return self._within_memory(samples, run)
 
-    def _batches(self, role: Role, samples: Sequence[Sample]) -> list[tuple[list[int], Batch]]:
+    def _batches(self, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
         packed = self.packed and role.base.packed
-        groups = micro_batches(samples, self.budget, packed=packed)
-        return [(g, collate([samples[i] for i in g], packed=packed).to(role.base.device)) for g in groups]
+        for group in micro_batches(samples, self.budget, packed=packed):
+            yield group, collate([samples[i] for i in group], packed=packed).to(role.base.device)
 
-    def _within_memory(self, samples: Sequence[Sample], function: Callable[[], Any]) -> Any:
+    def _within_memory(self, samples: Sequence[Sample], function: Callable[[], T]) -> T:
         """function(), again with half the budget when the device runs out of memory."""
+        generators = checkpoint.random_state()
         while True:
             try:
                 return function()
@@ -173,6 +180,7 @@ class Engine:
                     ) from error  # fmt: skip
             self.budget = max(self.budget // 2, longest)
             torch.cuda.empty_cache()
+            checkpoint.set_random_state(*generators)
             self.display.warn(f"out of memory: going on with micro-batches of {self.budget} tokens (same result)")
 
     def _accumulate(
@@ -203,7 +211,7 @@ class Engine:
                 part = torch.stack(parts).sum()
                 if not bool(torch.isfinite(part)):
                     role.abandon()
-                    self._diverged({"loss": float(part.detach())}, batch.where)
+                    self._diverged("loss", float(part.detach()), batch.where, training=scaler is not None)
                 if scaler is not None:
                     role.backward(scaler.scale(part))
             sums["loss"] += float(part.detach())
@@ -212,7 +220,7 @@ class Engine:
                 over[name] = over.get(name, 0.0) + count
         if scaler is not None:
             self.tokens += tokens
-        return {name: value / max(over[name], 1e-12) for name, value in sums.items()}
+        return {name: value / over[name] for name, value in sums.items() if over[name] > 0}
 
     def _step(self, learner: Learner, samples: Sequence[Sample]) -> float:
         """Clip, check, apply. The norm of the gradient before clipping."""
@@ -220,21 +228,23 @@ class Engine:
         parameters = [p for _, p in learner.role.parameters]
         limit = self.recipe.training.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
-        if not math.isfinite(norm) and not learner.scaler.is_enabled():
-            self._diverged({"grad_norm": norm}, tuple(s.where for s in samples))
+        learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
+        if learner.skipped > (OVERFLOWS if learner.scaler.is_enabled() else 0):
+            self._diverged("grad_norm", norm, tuple(s.where for s in samples))
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _diverged(self, numbers: dict[str, float], where: tuple[str, ...]) -> None:
+    def _diverged(self, name: str, value: float, where: tuple[str, ...], *, training: bool = True) -> None:
         """Log the number as it is, name the rows and the last whole checkpoint, stop."""
-        self.run.log({"step": self.step + 1, **numbers})
-        name, value = next(iter(numbers.items()))
+        step = self.step + 1 if training else self.step
+        self.run.log({"step": step, name if training else f"eval/{name}": value})
         saved = checkpoint.newest(self.run.checkpoints, self.display)
         rows = ", ".join(where[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
+        happened = f"at step {step}; the step was not applied" if training else f"in the evaluation after step {step}"
         raise DivergedError(
-            f"{name} is {value} at step {self.step + 1}; the step was not applied; rows: {rows}", str(self.run.path),
+            f"{name} is {value} {happened}; rows: {rows}", str(self.run.path),
             f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate or look at the rows",
         )  # fmt: skip
 
@@ -255,7 +265,11 @@ class Engine:
         self._clock, self._clock_tokens = now, self.tokens
         done = self.step >= self.total_steps
         if self.evaluate is not None and (done or self._due(self.recipe.evaluation.every)):
-            metrics |= self.evaluate()
+            try:
+                metrics |= self.evaluate()
+            except DivergedError:
+                self.run.log(metrics)
+                raise
             self._clock = time.monotonic()
         self.run.log(metrics)
         show = done or self.step % self.recipe.logging.every == 0 or self.step == 1
@@ -289,6 +303,7 @@ class Engine:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self.trackers.close()
             self.display.stop()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -40,5 +40,5 @@ def make_scheduler(optimizer: Optimizer, settings: TrainingSettings, steps: int)
     from transformers import get_scheduler
 
     warmup = settings.warmup_steps if settings.warmup_steps is not None else math.ceil(settings.warmup_ratio * steps)
-    specific = {"min_lr_rate": 0.1} if settings.lr_scheduler == "cosine_with_min_lr" else None
+    specific = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "polynomial": {"lr_end": 0.0}}.get(settings.lr_scheduler)
     return get_scheduler(settings.lr_scheduler, optimizer, warmup, steps, scheduler_specific_kwargs=specific)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from rlhf_cli.train import checkpoint
 
@@ -47,8 +48,7 @@ def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
         learner.role.load_tensors(saved.tensors(name))
         kept = state["learners"][name]
         checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
-        unset = [None] * len(learner.optimizer.param_groups)  # the schedule itself comes from the recipe
-        learner.scheduler.load_state_dict(kept["scheduler"] | {"lr_lambdas": unset})
+        _resume_schedule(learner.scheduler, kept["scheduler"])
         if kept["scaler"]:
             learner.scaler.load_state_dict(kept["scaler"])
     for name, thing in engine.kept.items():
@@ -60,3 +60,13 @@ def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
     for warning in engine.run.rewind(state["sizes"]):
         engine.display.warn(warning)
     engine.display.note(f"resumed from {saved.path}")
+
+
+def _resume_schedule(scheduler: LRScheduler, state: dict[str, Any]) -> None:
+    """Go on with the schedule of the present recipe: its shape is not stored, and max_steps may have changed since."""
+    assert isinstance(scheduler, LambdaLR)
+    scheduler.load_state_dict(state | {"lr_lambdas": [None] * len(scheduler.optimizer.param_groups)})
+    for group, base, shape in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * shape(scheduler.last_epoch)

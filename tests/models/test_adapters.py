@@ -211,17 +211,6 @@ def test_no_configuration(folder: Path) -> None:
     refused(lambda: adapters.read_adapter(folder), "adapter_config.json")
 
 
-@pytest.mark.parametrize(("key", "value"), [("r", 8), ("alpha", 16.0), ("use_dora", True), ("use_rslora", True)])
-def test_a_recipe_that_asks_for_another_shape(folder: Path, key: str, value: Any) -> None:
-    config, _ = adapters.read_adapter(folder)
-    adapters.check_same_shape(LoraSettings(), config, "runs/sft")
-    adapters.check_same_shape(LoraSettings(r=4, alpha=8.0, use_dora=False), config, "runs/sft")
-    with pytest.raises(RecipeError, match=rf"lora\.{key}") as caught:
-        adapters.check_same_shape(LoraSettings(**{key: value}), config, "runs/sft")
-    assert "runs/sft" in str(caught.value)
-    assert isinstance(caught.value, RlhfError)
-
-
 @pytest.mark.parametrize(
     "targets", [["nope"], "no.such", "(", [], ["act_fn"], ["embed_tokens", "input_layernorm"]], ids=str
 )

@@ -108,23 +108,4 @@ def check_lengths(m: Any) -> None:
     assert nothing.dtype == torch.int64
 
 
-def check_place(m: Any) -> None:
-    assert m.place(torch.tensor([0, 0, 0, 2, 2, 5])).tolist() == [0, 1, 2, 0, 1, 0]
-    assert m.place(torch.zeros(0, dtype=torch.int64)).tolist() == []
-
-
-def check_to_rows(m: Any) -> None:
-    sequence = torch.tensor([0, 0, 2, 2, 2])
-    x = leaf(doubles(1, 2, 3, 4, 5))
-    rows, mask = m.to_rows(x, sequence, 4)
-    close(rows, [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [3.0, 4.0, 5.0], [0.0, 0.0, 0.0]])
-    assert mask.tolist() == [[True, True, False], [False] * 3, [True] * 3, [False] * 3]
-    close(rows[mask], x)
-    (g,) = gradients(rows * torch.arange(12.0).view(4, 3), x)
-    close(g, [0.0, 1.0, 6.0, 7.0, 8.0])
-    rows, mask = m.to_rows(doubles(), torch.zeros(0, dtype=torch.int64), 3)
-    assert rows.shape == mask.shape == (3, 0)
-    assert mask.dtype == torch.bool
-
-
 CHECKS = checks_of(globals())

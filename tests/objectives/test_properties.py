@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.objectives.advantage import gae
 from rlhf_cli.objectives.kl import k3
-from rlhf_cli.objectives.masked import lengths, masked_mean, sum_by_sequence, to_rows, whiten
+from rlhf_cli.objectives.masked import masked_mean, whiten
 from rlhf_cli.objectives.policy import clipped_policy, clipped_value
 from rlhf_cli.objectives.preference import Pair, dpo, ipo, kto, orpo, simpo
 from tests.objectives.support import INF, NAN, close, finite
@@ -170,18 +170,6 @@ def test_what_stands_under_a_mask_changes_nothing(drawn: list[list[bool]], seed:
     ]
     for function in functions:
         close(function(torch.where(mask, x, junk), torch.where(mask, values, junk)), function(x, values), 1e-12)
-
-
-@given(masks, st.integers(0, 1000))
-@quick
-def test_flat_tokens_and_rows_agree(drawn: list[list[bool]], seed: int) -> None:
-    mask = torch.tensor(drawn)
-    x = noise(mask, seed)
-    sequence = torch.arange(len(mask))[:, None].expand_as(mask)[mask]
-    tidy, own = to_rows(x[mask], sequence, len(mask))
-    close(tidy.sum(1), sum_by_sequence(x[mask], sequence, len(mask)), 1e-12)
-    assert own.sum(1).tolist() == lengths(sequence, len(mask)).tolist() == mask.sum(1).tolist()
-    close(tidy[own], x[mask])
 
 
 @given(st.floats(-4, 4), st.floats(-5, 5), st.floats(0.01, 0.9), st.floats(0.01, 3), st.floats(1.01, 5))

@@ -1,4 +1,4 @@
-"""Runs that start from runs: which reference, which weights are shared, and that final/ opens outside of this toolkit."""
+"""Runs that start from runs: which reference, which weights are shared, and that final/ opens outside this toolkit."""
 
 from __future__ import annotations
 
@@ -200,3 +200,23 @@ def test_the_critic_may_start_from_the_policy(toy: Toy, base: Path, rm: Path) ->
     run, outcome = started(ppo(toy, base, rm, critic={"start": "policy"}))
     assert "critic: starts from the policy, zero head" in outcome.err
     assert w.column(run, "val/mean")[0] == 0
+
+
+# --- dropout ---------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_off_where_a_model_is_compared_with_itself(toy: Toy) -> None:
+    def numbers(dropout: float) -> list[dict[str, Any]]:
+        name = f"dpo-{dropout}"
+        return w.metrics(train(toy("dpo", "pairs", name, **w.merged(DPO, {"lora": {"dropout": dropout}}))))
+
+    assert numbers(0.0) == numbers(0.3)
+
+
+def test_dropout_is_off_in_all_roles_of_ppo(toy: Toy, base: Path, world: Path) -> None:
+    def numbers(dropout: float) -> list[dict[str, Any]]:
+        more = {"rewards": [{"function": f"{world / 'reward.py'}:true_reward"}], "lora": {"dropout": dropout}}
+        content = ppo(toy, base, base) | {"output_dir": toy("ppo", "prompts", f"ppo-{dropout}")["output_dir"]}
+        return w.metrics(train(w.merged(content, more)))
+
+    assert numbers(0.0) == numbers(0.3)

@@ -1,4 +1,4 @@
-"""Every command on the toy task, as a user runs it: exit code, the run directory, the first step's numbers, learning."""
+"""Every command on the toy task, as a user runs it: exit code, run directory, the first step's numbers, learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out of memory: the micro-batch is halved and the step repeated with the same result; one example alone ends the run."""
+"""Out of memory: the micro-batch is halved and the step repeated, same result; one example too large ends the run."""
 
 from __future__ import annotations
 

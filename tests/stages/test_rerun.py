@@ -25,7 +25,7 @@ def finished(toy: Toy) -> tuple[dict[str, Any], Path]:
 
 
 def test_the_same_recipe_again_is_up_to_date(finished: tuple[dict[str, Any], Path]) -> None:
-    content, run = finished
+    _, run = finished
     before = w.stamps(run)
     for options in ([], ["--set", "logging.every=3"], ["--set", "training.layout=padded"]):
         outcome = quick("dpo", run.with_suffix(".yaml"), *options)
@@ -36,7 +36,7 @@ def test_the_same_recipe_again_is_up_to_date(finished: tuple[dict[str, Any], Pat
 
 
 def test_another_recipe_is_refused_by_its_keys(finished: tuple[dict[str, Any], Path]) -> None:
-    content, run = finished
+    _, run = finished
     before = w.stamps(run)
     outcome = quick("dpo", run.with_suffix(".yaml"), "objective.beta=0.2", "--seed", 9)
     assert outcome.code == 2
@@ -107,7 +107,7 @@ def test_going_on_from_a_named_checkpoint(toy: Toy) -> None:
 
 
 def test_a_second_process_is_kept_out(finished: tuple[dict[str, Any], Path]) -> None:
-    content, run = finished
+    _, run = finished
     before = w.contents(run)
     handle = lock.take(run)
     try:

@@ -18,15 +18,15 @@ import yaml
 GOOD = ("good", "fine", "great", "sweet")
 BAD = ("bad", "poor", "awful", "sour")
 THINGS = ("red", "blue", "green", "tall", "small", "old", "new", "quick", "slow", "round")
-REWARD = '''
-GOOD, BAD = {good!r}, {bad!r}
+REWARD = f'''
+GOOD, BAD = {GOOD!r}, {BAD!r}
 
 
 def true_reward(completions, **columns):
     """Praise minus blame, over the words."""
     said = [c.split() for c in completions]
     return [(sum(w in GOOD for w in s) - sum(w in BAD for w in s)) / max(len(s), 1) for s in said]
-'''.format(good=GOOD, bad=BAD)
+'''
 FAST: dict[str, Any] = {
     "model": {"dtype": "float32", "gradient_checkpointing": False},
     "data": {"max_length": 48},
