@@ -105,14 +105,18 @@ def test_a_recipe_is_rehearsed(
     monkeypatch.chdir(ROOT)  # reward functions are named from there
     path, out = SHIPPED[name], tmp_path / "run"
     recipe = read_recipe(str(path), [], None)
-    changes = overrides(recipe, yaml.safe_load(path.read_text()), world, start, tiny_model, out)
+    plain = yaml.safe_load(path.read_text())
+    changes = overrides(recipe, plain, world, start, tiny_model, out)
     outcome = rehearse(recipe.stage, path, *(part for change in changes for part in ("--set", change)))
     assert (outcome.code, outcome.out, outcome.errors) == (0, "", []), outcome.err
 
     kept = yaml.safe_load((out / "recipe.yaml").read_text())
     written = recipe.model_dump(mode="json")
-    same = ("lora", "objective", "logging", "checkpoint", "seed", "critic")
+    same = ("objective", "logging", "checkpoint", "seed", "critic")
     assert [key for key in same if kept.get(key) != written.get(key)] == []
+    asked = plain.get("lora") or {}  # the rest comes from the adapter, where the recipe starts from one
+    assert {key: kept["lora"][key] for key in asked} == asked
+    assert (kept["lora"] is None) == (recipe.lora is None)
     assert kept["model"] | {"name_or_path": ""} == written["model"] | {"name_or_path": ""}
     for key in ("learning_rate", "lr_scheduler", "warmup_ratio", "optimizer", "weight_decay", "adam_epsilon"):
         assert kept["training"][key] == written["training"][key]

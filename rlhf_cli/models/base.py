@@ -55,7 +55,6 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     """Of the computation."""
-    revision: str | None = None
     packed: bool = False
     """Whether attention by segments gives this architecture's own numbers."""
     peft: PeftModel | None = None
@@ -64,6 +63,8 @@ class Base:
     """Adapter that is switched on."""
     open_graph: Role | None = field(default=None, repr=False)
     """Role whose backward pass is still to come."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub base."""
 
     @property
     def vocabulary(self) -> int:
@@ -212,7 +213,7 @@ def load_base(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
-    return Base(model, source, _identity(source, model), device, dtype, revision)
+    return Base(model, source, _identity(source, model), device, dtype, revision=revision)
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

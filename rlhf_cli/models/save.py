@@ -102,12 +102,12 @@ def pad_id(text: Text) -> int | None:
     return None
 
 
-def open_reward(folder: Path, text: Text, role: Role, device: torch.device) -> torch.nn.Module:
+def open_reward(folder: Path, text: Text, role: Role, device: torch.device | None = None) -> torch.nn.Module:
     """The saved reward model, opened as any user of transformers and peft would, its base quantised as in training.
 
     An adapter's base brings its own padding token; where that ends texts, it has to be told another one.
     """
-    dtype = role.base.dtype
+    dtype, device = role.base.dtype, device or role.base.device
     if role.adapter is None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         return model.to(device).eval()

@@ -16,6 +16,7 @@ from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, Text, load_text
 from rlhf_cli.models.build import frozen_role, scalar_head
+from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.schema import PPORecipe
 from rlhf_cli.rollouts.experience import Experience
@@ -151,7 +152,7 @@ def _copy(recipe: PPORecipe, base: Base, adapter: str | None, weight: torch.Tens
 
 def check_first_rollout(experience: Experience, policy: Role, display: Display) -> None:
     """Before the first update: policy = reference, recomputed log-probabilities = sampled ones. Raises ModelError."""
-    tolerance = 1e-3 if policy.base.dtype == torch.float32 else 0.5
+    tolerance = 0.5 if rounds(policy.base) else 1e-3
     kl = float((experience.logp - experience.reference_logp).abs().max())
     if not kl <= tolerance:
         raise ModelError(

@@ -24,6 +24,7 @@ from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import frozen_role, lineage, load_policy, load_reference
+from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
 from rlhf_cli.objectives.masked import lengths, sum_by_sequence
@@ -131,7 +132,7 @@ def open_reference(
     own = engine.infer(policy, few, lambda b: policy.logp(b).logp)
     other = engine.infer(reference, few, lambda b: reference.logp(b).logp)
     gap = max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
-    if not gap <= (1e-4 if policy.base.dtype == torch.float32 else 0.25):
+    if not gap <= (0.25 if rounds(policy.base) else 1e-4):
         raise ModelError(
             f"policy and reference differ before the first step (by {gap:.3g} nats a token)", text.path.name
         )

@@ -23,6 +23,7 @@ from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_policy, with_scalar_head
+from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import open_reward, pad_id, save_reward
 from rlhf_cli.recipe.schema import RewardRecipe
@@ -103,7 +104,7 @@ def prove(engine: Engine, reward: Role, text: Text, pairs: list[Sample], folder:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         worst = largest_gap(reward, text, pairs, parts, folder, torch.device("cpu"))
-    if not worst < (1e-4 if reward.base.dtype == torch.float32 else 5e-2):
+    if not worst < (5e-2 if rounds(reward.base) else 1e-4):
         raise ModelError(f"the saved reward model scores otherwise than the trained one (by {worst:.3g})", str(folder))
     engine.display.note(f"round trip: the saved reward model scores equally (largest relative gap {worst:.1e})")
     if reward.adapter is not None and reward.base.model.config.pad_token_id in text.template.stop_ids:

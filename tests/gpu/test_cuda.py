@@ -52,7 +52,7 @@ def test_a_base_in_bfloat16_loads_packs_and_steps(tmp_path: Path, quantization: 
     assert allows_packing(base)
     role = worlds.lora_role(base, "policy")
     base.packed = True
-    batch = collate([worlds.make_sample(np.random.default_rng(0), 5, (4, 3))], packed=True).to(base.device)
+    batch = collate([worlds.make_sample(np.random.default_rng(0), 5, 4, 3)], packed=True).to(base.device)
     with role.active(train=True):
         role.backward(-role.logp(batch).logp.sum())
     assert all(bool(torch.isfinite(p.grad).all()) for _, p in role.parameters if p.grad is not None)

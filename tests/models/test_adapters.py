@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.data.batch import collate
-from rlhf_cli.errors import ModelError, RecipeError, RlhfError
+from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, load_base
 from rlhf_cli.models.roles import Role

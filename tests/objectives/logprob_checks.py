@@ -156,4 +156,13 @@ def check_extreme_logits(m: Any) -> None:
         assert finite(*torch.autograd.grad(value.sum(), x, retain_graph=True))
 
 
+def check_token_logp_without_statistics(m: Any) -> None:
+    torch.manual_seed(3)
+    hidden, weight, ids = torch.randn(5, 4), torch.randn(4, 9), torch.tensor([0, 8, 3, 3, 1])
+    whole = m.token_logp(hidden, lambda h: h @ weight, ids, chunk=2)
+    alone = m.token_logp(hidden, lambda h: h @ weight, ids, chunk=2, statistics=False)
+    close(alone.logp, whole.logp)
+    assert (alone.entropy.shape, alone.mean.shape) == ((0,), (0,))
+
+
 CHECKS = checks_of(globals())

@@ -14,7 +14,7 @@ import torch
 
 from rlhf_cli.data.examples import Message, Task
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import ModelError, RecipeError, RlhfError
+from rlhf_cli.errors import DivergedError, ModelError, RecipeError, RlhfError
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import scalar_head
 from rlhf_cli.models.roles import Role
@@ -326,7 +326,9 @@ def test_a_model_score_that_is_not_finite_is_named() -> None:
     role.head.weight.data.fill_(float("nan"))
     rollout = Rollout(TASKS, ["a", "b", "c"], kinds(1)["demonstrations"][:3])
     reward = ModelReward("rm", 1.0, role, 0, 1, 0.5, None)
-    refused(lambda: total([reward], rollout, scored_by(role, [])), "tasks.jsonl:1", "nan", "reward rm")
+    refused(
+        lambda: total([reward], rollout, scored_by(role, [])), "tasks.jsonl:1", "nan", "reward rm", kind=DivergedError
+    )
 
 
 def test_statistics_of_the_reward_model(model_folder: Path, tmp_path: Path) -> None:
@@ -360,10 +362,13 @@ def test_another_tokenizer_tokenises_anew(model_folder: Path, tmp_path: Path) ->
         seen[:] = given
         return [torch.ones(1)] * len(given)
 
-    assert reward(Rollout(tasks, ["good"], kinds()["demonstrations"][:1]), infer).tolist() == [1.0]
+    rollout = Rollout(tasks, ["good"], kinds()["demonstrations"][:1], [True])
+    assert reward(rollout, infer).tolist() == [1.0]
     (sample,) = seen
     assert other.tokenizer.decode(sample.prompt) == "<user>two?<|im_end|><assistant>"
     assert other.tokenizer.decode(sample.completions[0].ids) == "good<|im_end|>"
     assert bool(sample.completions[0].scored.all())
-    plain = retokenise(other.template, Task("Once", "t:3"), " upon")
+    plain = retokenise(other.template, Task("Once", "t:3"), " upon", finished=True)
     assert other.tokenizer.decode(np.concatenate([plain.prompt, plain.completions[0].ids])) == "Once upon</s>"
+    cut = retokenise(other.template, Task("Once", "t:3"), " upon", finished=False)
+    assert other.tokenizer.decode(cut.completions[0].ids).strip() == "upon", "a cut completion has no end token"
