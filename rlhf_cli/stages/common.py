@@ -35,7 +35,8 @@ def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **option
     check_length(text, recipe.data.max_length, "data.max_length")
     prepared = prepare(recipe.data, kind, text.template, **options)
     for line in prepared.report.lines():
-        display.note(line)
+        warning = line.removeprefix("warning: ")
+        display.note(line) if warning == line else display.warn(warning)
     return prepared
 
 

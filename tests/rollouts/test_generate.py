@@ -311,7 +311,7 @@ def test_out_of_memory_for_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "_decode", none)
     with pytest.raises(ModelError, match="a single completion") as caught:
         sample(full_role(make_base("llama")), prompts(), 2, [EOS], Sampling(8), 2)
-    assert caught.value.problems[0].where == policy.base.source
+    assert caught.value.problems[0].where == "llama"
 
 
 def test_no_prompts_and_no_open_graph() -> None:

@@ -83,6 +83,15 @@ def test_a_dry_run_writes_nothing(toy: Toy, world: Path, tmp_path: Path, stage: 
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
+def test_quiet_shows_warnings_only(toy: Toy, world: Path, tmp_path: Path) -> None:
+    content = toy("dpo", "pairs", "run", objective={"name": "dpo"}, training={"max_steps": 1})
+    outcome = quick("dpo", w.save(content, tmp_path / "r.yaml"), "--quiet")
+    (line,) = outcome.err.splitlines()
+    assert (outcome.code, outcome.out) == (0, "")
+    assert line.startswith("warning: eval prompts that are also train prompts")
+    assert "step 1/1" in (tmp_path / "run" / "run.log").read_text()
+
+
 def test_more_steps_go_on_and_fewer_are_up_to_date(toy: Toy) -> None:
     content = toy("dpo", "pairs", "run", **SHORT, objective={"name": "dpo"})
     run = train(content)
