@@ -292,8 +292,8 @@ class Engine:
 
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
         """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""
-        if self.step == 0 and self.evaluate is not None:
-            self.run.log({"step": 0, **self.evaluate()})
+        if self.step == 0 and self.evaluate is not None and (first := self.evaluate()):
+            self.run.log({"step": 0, **first})
         self.display.start(self.total_steps, self.step)
         self._clock, self._clock_tokens = time.monotonic(), self.tokens
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -67,6 +67,7 @@ def interrupted(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPa
 
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "sft": ("sft", "chat", 4, DROPOUT),
+    "sft-full-8bit": ("sft", "completion", 4, {"lora": None, "training": {"optimizer": "adamw_8bit"}}),
     "rm": ("train-rm", "pairs", 4, {}),
     "dpo": ("dpo", "pairs", 4, {"objective": {"name": "dpo"}, **DROPOUT}),
     "dpo-second-epoch": ("dpo", "pairs", 5, {"objective": {"name": "dpo"}, "data": {"train": {"limit": 50}}}),
