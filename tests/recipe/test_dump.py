@@ -41,7 +41,8 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "sft": {"data.train_on_prompt": st.booleans(), "objective.label_smoothing": st.floats(0, 0.99)},
     "train-rm": {"objective.centring": st.floats(0, 1e9)},
     "ppo": {"ppo.kl": st.just({"name": "doubling", "coef": 0.5}), "rollout.stop": st.lists(TEXT, max_size=2),
-            "rewards": st.lists(TEXT.map(lambda text: {"function": text, "weight": -1.5}), min_size=1, max_size=2)},
+            "rewards": st.lists(TEXT, min_size=1, max_size=2).map(
+                lambda texts: [{"function": t, "weight": -1.5, "name": f"r{i}"} for i, t in enumerate(texts)])},
     "dpo": {"objective": st.sampled_from(["ipo", "kto", "odpo"]).map(lambda name: {"name": name, "beta": 0.3}),
             "reference": st.none() | TEXT},
     "orpo": {"objective.beta": POSITIVE},

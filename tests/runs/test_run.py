@@ -368,8 +368,8 @@ def test_the_lock_of_a_killed_process_is_free_even_if_its_child_lives(tmp_path: 
         "from rlhf_cli.runs import lock\n"
         "folder = Path(sys.argv[1]); folder.mkdir(parents=True); lock.take(folder)\n"
         "child = os.fork()\n"
-        "print(child, flush=True) if child else time.sleep(60)\n"
-        "os.kill(os.getpid(), 9)\n"
+        "child or (print(os.getpid(), flush=True), os.kill(os.getppid(), 9))\n"
+        "time.sleep(60)\n"
     )
     done = subprocess.Popen([sys.executable, "-c", script, "runs/a"], stdout=subprocess.PIPE, text=True)
     assert done.stdout is not None
