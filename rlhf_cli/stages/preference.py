@@ -21,10 +21,9 @@ from torch import Tensor
 from rlhf_cli.catalog import OBJECTIVES, Objective
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DataError, ModelError, RecipeError
-from rlhf_cli.models.base import Text, load_text
-from rlhf_cli.models.build import frozen_role, lineage, load_policy, load_reference
-from rlhf_cli.models.checks import rounds
+from rlhf_cli.errors import RecipeError
+from rlhf_cli.models.base import load_text
+from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
 from rlhf_cli.objectives.masked import lengths, sum_by_sequence
@@ -34,6 +33,7 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import common
+from rlhf_cli.stages import preference_setup as setup
 from rlhf_cli.train.engine import Engine, Losses, Prepare
 
 
@@ -47,15 +47,15 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
             f"{entry.name} compares the rows of a step, so it needs two", "training.batch_size", "raise it"
         )
     if "scores" in entry.needs:
-        check_scores(entry, common.settings_of(recipe.objective), [*data.train, *(data.eval or [])])
-    named = named_reference(recipe, text)
+        setup.check_scores(entry, common.settings_of(recipe.objective), [*data.train, *(data.eval or [])])
+    named = setup.named_reference(recipe, text)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
         return
     policy = load_policy(recipe, text, display)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])
-    reference = open_reference(recipe, entry, policy, text, named, engine, data.train)
+    reference = setup.open_reference(entry, recipe, policy, text, named, engine, data.train)
     tuning = Tuning(engine, entry, common.settings_of(recipe.objective), policy, reference)
     tuning.remember("train", data.train)
     tuning.remember("eval", data.eval or [])
@@ -64,7 +64,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         chosen = loader.next()
         samples = common.select(data.train, chosen)
         metrics = engine.update(policy, samples, *tuning.arguments("train", samples, chosen))
-        return with_margin(metrics) | {"epoch": loader.position}
+        return setup.with_margin(metrics) | {"epoch": loader.position}
 
     def evaluate() -> dict[str, float]:
         common.show_samples(engine, policy, text, data.eval or data.train)
@@ -72,72 +72,12 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
             return {}
         everything = np.arange(len(data.eval))
         metrics = engine.measure(policy, data.eval, *tuning.arguments("eval", data.eval, everything))
-        return {f"eval/{k}": v for k, v in with_margin(metrics).items()}
+        return {f"eval/{k}": v for k, v in setup.with_margin(metrics).items()}
 
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(policy, text, role="policy"))
     engine.fit(step)
     common.finish(engine, lambda folder: save_policy(policy, text, folder))
-
-
-def with_margin(metrics: dict[str, float]) -> dict[str, float]:
-    """The figures with the margin of single completions: between the means of desirable and undesirable ones."""
-    if "rewards/margins" in metrics or not {"rewards/chosen", "rewards/rejected"} <= set(metrics):
-        return metrics
-    return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
-
-
-def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[Sample]) -> None:
-    """DataError naming the first row whose scores the objective refuses: it is tried on each before a model loads."""
-    objective, one = entry.load(), torch.ones(1)
-    pair = Pair(-one, -one, one, one)
-    for sample in samples:
-        scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
-        try:
-            objective(pair, pair, scores, **settings)
-        except ValueError as error:
-            raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
-
-
-def named_reference(recipe: Any, text: Text) -> Text | None:
-    """What is known of a reference the recipe names. ModelError when it speaks another language than the policy."""
-    name = getattr(recipe, "reference", None)
-    if name is None:
-        return None
-    other = load_text(recipe.model.model_copy(update={"name_or_path": name, "revision": None}))
-    if other.template.digest != text.template.digest:
-        raise ModelError("the reference has another tokenizer or chat template than the policy", name)
-    return other
-
-
-def open_reference(
-    recipe: Any,
-    entry: Objective,
-    policy: Role,
-    text: Text,
-    named: Text | None,
-    engine: Engine,
-    samples: Sequence[Sample],
-) -> Role | None:
-    """The reference an objective needs, said aloud and checked against the untrained policy. Raises ModelError."""
-    if "reference" not in entry.needs:
-        return None
-    if named is not None:
-        reference = frozen_role("reference", recipe.model, named, policy.base)
-        engine.packed &= reference.base.packed
-        engine.display.note(f"reference: {named.path.name}")
-        return reference
-    reference, words = load_reference(policy, text)
-    few = samples[:4]
-    own = engine.infer(policy, few, lambda b: policy.logp(b).logp)
-    other = engine.infer(reference, few, lambda b: reference.logp(b).logp)
-    gap = max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
-    if not gap <= (0.25 if rounds(policy.base) else 1e-4):
-        raise ModelError(
-            f"policy and reference differ before the first step (by {gap:.3g} nats a token)", text.path.name
-        )
-    engine.display.note(f"reference: {words}; equal to the policy at step 0 (largest gap {gap:.1e} nats a token)")
-    return reference
 
 
 class Tuning:

@@ -67,7 +67,9 @@ def test_a_contradiction_is_refused_with_its_key(run: Path, key: str, value: Any
 
 @pytest.mark.parametrize("value", ["all-linear", ["v_proj", "q_proj"]])
 def test_the_same_layers_in_other_words_are_no_contradiction(run: Path, value: Any) -> None:
-    inherit_adapter(recipe(run, {"r": 4, "target_modules": value}))
+    lora = inherit_adapter(recipe(run, {"r": 4, "target_modules": value})).lora
+    assert lora is not None
+    assert lora.target_modules == ["q_proj", "v_proj"]
 
 
 def test_an_adapter_needs_lora(run: Path) -> None:

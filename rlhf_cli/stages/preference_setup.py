@@ -1,0 +1,78 @@
+"""What preference tuning needs before its first step: scores that can be used, and the right reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_cli.catalog import Objective
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.models.base import Text, load_text
+from rlhf_cli.models.build import frozen_role, load_reference
+from rlhf_cli.models.checks import rounds
+from rlhf_cli.models.roles import Role
+from rlhf_cli.objectives.preference import Pair
+from rlhf_cli.train.engine import Engine
+
+
+def with_margin(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures with the margin of single completions: between the means of desirable and undesirable ones."""
+    if "rewards/margins" in metrics or not {"rewards/chosen", "rewards/rejected"} <= set(metrics):
+        return metrics
+    return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+
+
+def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[Sample]) -> None:
+    """DataError naming the first row whose scores the objective refuses: it is tried on each before a model loads."""
+    objective, one = entry.load(), torch.ones(1)
+    pair = Pair(-one, -one, one, one)
+    for sample in samples:
+        scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
+        try:
+            objective(pair, pair, scores, **settings)
+        except ValueError as error:
+            raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
+
+
+def named_reference(recipe: Any, text: Text) -> Text | None:
+    """What is known of a reference the recipe names. ModelError when it speaks another language than the policy."""
+    name = getattr(recipe, "reference", None)
+    if name is None:
+        return None
+    other = load_text(recipe.model.model_copy(update={"name_or_path": name, "revision": None}))
+    if other.template.digest != text.template.digest:
+        raise ModelError("the reference has another tokenizer or chat template than the policy", name)
+    return other
+
+
+def open_reference(
+    entry: Objective,
+    recipe: Any,
+    policy: Role,
+    text: Text,
+    named: Text | None,
+    engine: Engine,
+    samples: Sequence[Sample],
+) -> Role | None:
+    """The reference an objective needs, said aloud and checked against the untrained policy. Raises ModelError."""
+    if "reference" not in entry.needs:
+        return None
+    if named is not None:
+        reference = frozen_role("reference", recipe.model, named, policy.base)
+        engine.packed &= reference.base.packed
+        engine.display.note(f"reference: {named.path.name}")
+        return reference
+    reference, words = load_reference(policy, text)
+    few = samples[:4]
+    own = engine.infer(policy, few, lambda b: policy.logp(b).logp)
+    other = engine.infer(reference, few, lambda b: reference.logp(b).logp)
+    gap = max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
+    if not gap <= (0.25 if rounds(policy.base) else 1e-4):
+        raise ModelError(
+            f"policy and reference differ before the first step (by {gap:.3g} nats a token)", text.path.name
+        )
+    engine.display.note(f"reference: {words}; equal to the policy at step 0 (largest gap {gap:.1e} nats a token)")
+    return reference
