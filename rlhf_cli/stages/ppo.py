@@ -194,7 +194,9 @@ class PPO:
                 clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
             )  # fmt: skip
             moved = k3(old, of.logp)  # KL(rollout policy || policy)
-            whole = loss.sum() - settings.entropy_coef * of.entropy.sum()
+            whole = loss.sum()
+            if settings.entropy_coef:
+                whole = whole - settings.entropy_coef * of.entropy.sum()
             if self.penalty is not None:
                 whole = whole + self.penalty.coef * moved.sum()
             n = float(len(old))
