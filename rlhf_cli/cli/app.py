@@ -17,6 +17,7 @@ import typer
 from rlhf_cli.catalog import STAGES
 from rlhf_cli.cli import tools
 from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
+from rlhf_cli.runs.options import Options
 
 BROKEN_PIPE = 141
 HINT_FULL = "free some space, then run the same command again to resume"
@@ -71,6 +72,7 @@ def _add_stage(name: str, help: str) -> None:
     """Add the command that trains with that stage's code."""
 
     def command(
+        context: typer.Context,
         recipe: RecipeFile,
         bare: Bare = None,
         sets: Sets = None,
@@ -87,7 +89,7 @@ def _add_stage(name: str, help: str) -> None:
         overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, max_steps, seed, report_to)]
         if quiet and verbose:
             raise RecipeError("--quiet and --verbose exclude each other", "command line")
-        _train(name, recipe, overrides, resume, dry_run, debug, quiet, verbose)
+        _train(name, recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
 
     app.command(name, help=f"{help}.", no_args_is_help=False)(command)
 
@@ -107,23 +109,22 @@ def _shorthands(
 
 
 def _train(
-    stage: str, path: str, overrides: list[str], resume: str, dry_run: bool, debug: bool, quiet: bool, verbose: bool
+    stage: str, path: str, overrides: list[str], options: Options, quiet: bool, verbose: bool, line: str
 ) -> None:
     """Read the recipe, open the run directory, hand over to the stage."""
     from rlhf_cli.cli.view import make_display
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.runs.directory import Run
-    from rlhf_cli.runs.options import Options
 
     recipe = inherit_adapter(read_recipe(path, overrides, stage))
     display = make_display(quiet, verbose)
-    run = Run.open(recipe, shlex.join(["rlhf", *sys.argv[1:]]), resume)
+    run = Run.open(recipe, line, options.resume)
     try:
         if run.status == "done":
             display.note(f"{run.path}: up to date")
             return
-        STAGES[stage].load()(recipe, run, display, Options(resume, dry_run, debug))
+        STAGES[stage].load()(recipe, run, display, options)
     except RlhfError:
         raise
     except Exception:
@@ -132,6 +133,11 @@ def _train(
     finally:
         display.stop()
         run.close()
+
+
+def _line(context: typer.Context) -> str:
+    """The command line, for run.json."""
+    return shlex.join(["rlhf", *context.obj])
 
 
 def _trace_to_log(path: Path) -> None:
@@ -167,6 +173,7 @@ def _root(
 
 @app.command()
 def check(
+    context: typer.Context,
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
     sets: Sets = None,
     debug: Debug = False,
@@ -175,7 +182,7 @@ def check(
     errors: list[RlhfError] = []
     for path in recipes:
         try:
-            say(tools.check_one(path, sets or [], shlex.join(["rlhf", *sys.argv[1:]])))
+            say(tools.check_one(path, sets or [], _line(context)))
         except RlhfError as error:
             errors.append(error)
     if errors:
@@ -226,7 +233,7 @@ def run_command_line(arguments: list[str]) -> int:
     """Run one command line and report every error on stderr. Returns the exit code."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("rlhf", list(arguments) or ["--help"]) as context:
+        with command.make_context("rlhf", list(arguments) or ["--help"], obj=tuple(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leave:
         return leave.exit_code
