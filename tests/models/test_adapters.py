@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.data.batch import collate
-from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, load_base
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import LoraSettings, ModelSettings
-from tests.models.worlds import kinds, lora_role, make_base, tokens, write_model
+from tests.models.worlds import kinds, lora_role, make_base, refused, tokens, write_model
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -127,17 +127,6 @@ def folder(base: Base, tmp_path: Path) -> Path:
 def change(folder: Path, spoil: Any) -> None:
     tensors = load_file(folder / adapters.WEIGHTS)
     save_file(spoil(tensors), folder / adapters.WEIGHTS)
-
-
-def refused(call: Any, *words: str) -> None:
-    """A ModelError of one line with these words."""
-    with pytest.raises(ModelError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "Traceback" not in text
-    for word in words:
-        assert word in text, text
 
 
 def fresh(model_folder: Path) -> Base:

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rlhf_cli.errors import ModelError, RecipeError, RlhfError
+from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import base as module
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base, Text, check_length, check_vocabulary, load_base, load_text
 from rlhf_cli.models.device import compute_dtype, default_micro_batch_tokens, pick_device
 from rlhf_cli.recipe.schema import ModelSettings
-from tests.models.worlds import CPU, write_model, write_tokenizer
+from tests.models.worlds import CPU, refused, write_model, write_tokenizer
 
 
 @pytest.fixture
@@ -37,18 +37,6 @@ def settings_for(folder: Path, **changes: Any) -> ModelSettings:
 
 def load(folder: Path, **changes: Any) -> Base:
     return load_base(str(folder), settings_for(folder, **changes), trained=False)
-
-
-def refused(call: Callable[[], Any], *words: str, kind: type[RlhfError] = ModelError) -> str:
-    """An error of one line with these words; the line, for more."""
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "Traceback" not in text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 def edit_tensors(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

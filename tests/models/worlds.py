@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.data.tokens import Completion, Sample
+from rlhf_cli.errors import ModelError, RlhfError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base
@@ -174,3 +177,15 @@ def write_model(folder: Path, name: str = "llama", **changes: Any) -> Path:
         model.get_output_embeddings().weight.mul_(5.0)
     model.save_pretrained(folder)
     return folder
+
+
+def refused(call: Callable[[], Any], *words: str, kind: type[RlhfError] = ModelError) -> str:
+    """Asserts an error of that kind, of one line, with these words; the line, for more."""
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text, text
+    return text

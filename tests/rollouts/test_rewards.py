@@ -14,7 +14,7 @@ import torch
 
 from rlhf_cli.data.examples import Message, Task
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DivergedError, ModelError, RecipeError, RlhfError
+from rlhf_cli.errors import DivergedError, RecipeError
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import scalar_head
 from rlhf_cli.models.roles import Role
@@ -29,7 +29,7 @@ from rlhf_cli.rollouts.rewards import (
     retokenise,
     total,
 )
-from tests.models.worlds import kinds, make_base, write_model
+from tests.models.worlds import kinds, make_base, refused, write_model
 
 TASKS = [
     Task("one?", "tasks.jsonl:1", {"answer": 1, "tags": ["a"]}),
@@ -64,17 +64,6 @@ def made(write: Callable[[str], str]) -> Write:
         return load_function(RewardSettings(function=name, **settings), TASKS)
 
     return make
-
-
-def refused(call: Callable[[], Any], *words: str, kind: type[RlhfError] = ModelError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "Traceback" not in text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 # --- functions that do right -------------------------------------------------------------------------------
