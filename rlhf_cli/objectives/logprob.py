@@ -7,12 +7,13 @@ it is wrong by up to 0.04 nats a token, as much as an early KL.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Statistics = Literal["none", "usual", "collision"]
 CHUNK_ELEMENTS = 2**24
 """Logits in memory at once (64 MiB in float32)."""
 
@@ -23,19 +24,22 @@ class TokenLogp(NamedTuple):
     logp: Tensor  # (T,) log-probability of the token
     entropy: Tensor  # (T,) entropy of the distribution, nats
     mean: Tensor  # (T,) mean over the vocabulary of the log-probabilities
+    collision: Tensor  # (T,) log of the sum over the vocabulary of the squared probabilities, no gradient
 
 
 def _chunk(
-    hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float, statistics: bool
+    hidden: Tensor, ids: Tensor, head: Callable[[Tensor], Tensor], temperature: float, statistics: Statistics
 ) -> Tensor:
-    """One chunk: hidden (C, H), ids (C,) -> (3, C) logp, entropy, mean; (1, C) logp alone without statistics."""
+    """One chunk: hidden (C, H), ids (C,) -> (1, C) logp, and below it the statistics asked for."""
     logits = head(hidden).float() / temperature  # (C, V)
     total = torch.logsumexp(logits, dim=-1)  # (C,)
-    logp = logits.gather(1, ids[:, None]).squeeze(1) - total
-    if not statistics:
-        return logp[None]
-    entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-    return torch.stack([logp, entropy, logits.mean(-1) - total])
+    rows = [logits.gather(1, ids[:, None]).squeeze(1) - total]
+    if statistics == "usual":
+        rows += [total - (torch.softmax(logits, dim=-1) * logits).sum(-1), logits.mean(-1) - total]
+    elif statistics == "collision":
+        known = logits.detach()
+        rows.append(torch.logsumexp(2.0 * known, dim=-1) - 2.0 * total.detach())
+    return torch.stack(rows)
 
 
 def token_logp(
@@ -45,20 +49,20 @@ def token_logp(
     temperature: float = 1.0,
     chunk: int | None = None,
     vocabulary: int | None = None,
-    statistics: bool = True,
+    statistics: Statistics = "usual",
 ) -> TokenLogp:
     """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
 
     At most `chunk` rows of logits (default: as many as make 64 MiB for `vocabulary` columns) are alive at a time, in
     the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to
-    logits (bias, scale, soft-capping). The result does not depend on the chunk. Without `statistics` entropy and mean
-    are not computed: empty.
+    logits (bias, scale, soft-capping). The result does not depend on the chunk. Statistics that are not asked for are
+    empty: `usual` are entropy and mean, `collision` is what WPO weights with (arXiv:2406.11827).
     """
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else 512
     if len(ids) == 0:
         empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
-        return TokenLogp(empty, empty.detach(), empty)
+        return TokenLogp(empty, empty.detach(), empty, empty.detach())
     parts = []
     for h, i in zip(hidden.split(chunk), ids.split(chunk), strict=True):
         if torch.is_grad_enabled():
@@ -69,4 +73,7 @@ def token_logp(
             part = _chunk(h, i, head, temperature, statistics)
         parts.append(part)
     whole = torch.cat(parts, dim=1)
-    return TokenLogp(*whole) if statistics else TokenLogp(whole[0], whole[0, :0], whole[0, :0])
+    none = whole[0, :0]
+    if statistics == "usual":
+        return TokenLogp(whole[0], whole[1], whole[2], none)
+    return TokenLogp(whole[0], none, none, whole[1].detach() if statistics == "collision" else none)

@@ -1,14 +1,42 @@
-"""PPO's losses, a number for each token. All shapes are those of `logp`: (T,) flat or (B, T)."""
+"""PPO's losses, a number for each token, and how tokens make one number. All shapes are those of `logp`: (T,) flat or
+(B, T); owners (T,) are the completions of flat tokens, `count` of them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.objectives.masked import lengths, sum_by_sequence
+
 
 def ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     """pi / pi_old of each token, the log-ratio kept within +-20."""
     return torch.exp(torch.clamp(logp - old_logp, -20.0, 20.0))
+
+
+def completion_means(x: Tensor, owners: Tensor, count: int) -> Tensor:
+    """x (T,) averaged over the tokens of each completion, owners (T,) int64 -> (count,); 0 without a token."""
+    return sum_by_sequence(x, owners, count) / lengths(owners, count).clamp(min=1)
+
+
+def sequence_log_ratio(logp: Tensor, old_logp: Tensor, owners: Tensor, count: int) -> Tensor:
+    """log rho of a completion, the mean over its tokens of logp - old_logp, at each of its tokens: (T,).
+
+    rho = (pi / pi_old)^(1/L). Its gradient reaches every token of the completion. In `clipped_policy` it stands for
+    logp, with zeros for old_logp. Zheng et al. 2025 (arXiv:2507.18071), GSPO.
+    """
+    return completion_means(logp - old_logp.detach(), owners, count)[owners]
+
+
+def total(x: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Sum of x (T,) over the tokens."""
+    return x.sum()
+
+
+def total_of_means(x: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Sum over the completions of the mean of x (T,) over a completion's tokens."""
+    return completion_means(x, owners, count).sum()
 
 
 def clipped_policy(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.objectives.support import INF, NAN, checks_of, close, refuses
+from rlhf_cli.rollouts import experience as code
+from tests.objectives.support import INF, NAN, Check, checks_of, close, refuses
 
 
 def experience(m: Any, logp: Tensor, reference: Tensor, mask: Tensor) -> Any:
@@ -65,4 +66,19 @@ def check_pad(m: Any) -> None:
     assert not half.requires_grad
 
 
+MODULE = code
 CHECKS = checks_of(globals())
+CLASSICAL: list[tuple[str, Check, str, str]] = [
+    ("rewards: KL added", check_token_rewards_by_hand, "rewards = -kl_coef *", "rewards = kl_coef *"),
+    ("rewards: score at the end of the row", check_token_rewards_by_hand, "rewards[rows, experience.lengths - 1]",
+     "rewards[rows, -1]"),
+    ("rewards: score one late", check_token_rewards_by_hand, "experience.lengths - 1]",
+     "(experience.lengths).clamp(max=rewards.shape[1] - 1)]"),
+    ("rewards: coefficient on the score", check_token_rewards_by_hand, "+= scores.to(rewards.dtype)",
+     "+= kl_coef * scores.to(rewards.dtype)"),
+]  # fmt: skip
+SURVIVORS: dict[str, str] = {
+    "pad: dropped: part.detach().float() -> _same(part.detach())": "assigning to a float32 tensor converts",
+    "draw": "needs a model: tests/rollouts",
+    "measure": "needs a model: tests/rollouts",
+}  # fmt: skip

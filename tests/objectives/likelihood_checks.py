@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlhf_cli.objectives import likelihood
 from rlhf_cli.objectives.logprob import token_logp
-from tests.objectives.support import INF, checks_of, close, differentiates, doubles, gradients, leaf
+from tests.objectives.support import INF, Check, checks_of, close, differentiates, doubles, gradients, leaf
 
 
 def check_cross_entropy_by_hand(m: Any) -> None:
@@ -56,4 +57,11 @@ def check_cross_entropy_gradient(m: Any) -> None:
         )
 
 
+MODULE = likelihood
 CHECKS = checks_of(globals())
+CLASSICAL: list[tuple[str, Check, str, str]] = [
+    ("cross-entropy: smoothing of the wrong part", check_cross_entropy_by_hand,
+     "-(1 - label_smoothing) * logp - label_smoothing * mean",
+     "-label_smoothing * logp - (1 - label_smoothing) * mean"),
+]  # fmt: skip
+SURVIVORS: dict[str, str] = {}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.objectives.support import checks_of, close, finite, gradients, leaf
+from rlhf_cli.objectives import logprob
+from tests.objectives.support import Check, checks_of, close, finite, gradients, leaf
 
 T, H, V = 15, 6, 23
 CAP = 5.0
@@ -59,9 +60,9 @@ def check_token_logp_chunks(m: Any) -> None:
         wanted = [torch.autograd.grad((e * weight).sum(), (h, w, b), retain_graph=True) for e in expected]
         for chunk in CHUNKS:
             out = m.token_logp(h, head_of(w, b), ids, temperature, chunk)
-            for value, plain in zip(out, expected, strict=True):
+            for value, plain in zip(out[:3], expected, strict=True):
                 close(value, plain.float(), 1e-5)
-            for value, plain_gradients in zip(out, wanted, strict=True):
+            for value, plain_gradients in zip(out[:3], wanted, strict=True):
                 again = torch.autograd.grad((value * weight).sum(), (h, w, b), retain_graph=True)
                 for ours, theirs in zip(again, plain_gradients, strict=True):
                     close(ours, theirs.float(), 1e-5)
@@ -123,7 +124,7 @@ def check_half_precision_is_upcast(m: Any) -> None:
     logits = head_of(w, b)(h)
     assert logits.dtype == torch.bfloat16
     out = m.token_logp(h, head_of(w, b), ids, chunk=T)
-    for value, plain in zip(out, naive(logits, ids, 1.0), strict=True):
+    for value, plain in zip(out[:3], naive(logits, ids, 1.0), strict=True):
         assert value.dtype == torch.float32
         close(value, plain.float(), 1e-5)
     (g,) = gradients(out.logp, h)
@@ -160,9 +161,51 @@ def check_token_logp_without_statistics(m: Any) -> None:
     torch.manual_seed(3)
     hidden, weight, ids = torch.randn(5, 4), torch.randn(4, 9), torch.tensor([0, 8, 3, 3, 1])
     whole = m.token_logp(hidden, lambda h: h @ weight, ids, chunk=2)
-    alone = m.token_logp(hidden, lambda h: h @ weight, ids, chunk=2, statistics=False)
+    alone = m.token_logp(hidden, lambda h: h @ weight, ids, chunk=2, statistics="none")
     close(alone.logp, whole.logp)
-    assert (alone.entropy.shape, alone.mean.shape) == ((0,), (0,))
+    assert alone.entropy.shape == alone.mean.shape == alone.collision.shape == whole.collision.shape == (0,)
 
 
+def check_token_logp_collision(m: Any) -> None:
+    # p = 1/8, 2/8, 5/8: squares sum to 30/64; at temperature 1/2 p = 1/30, 4/30, 25/30
+    hidden = leaf(torch.tensor([[0.0, math.log(2), math.log(5)]] * 3))
+    ids = torch.tensor([1, 0, 2])
+    for temperature, total in ((1.0, 30 / 64), (0.5, 642 / 900)):
+        out = m.token_logp(hidden, lambda h: h, ids, temperature, 2, statistics="collision")
+        close(out.collision, [math.log(total)] * 3, 1e-6)
+        close(out.logp, m.token_logp(hidden, lambda h: h, ids, temperature).logp)
+        assert out.entropy.shape == out.mean.shape == (0,)
+        assert not out.collision.requires_grad
+        assert out.logp.requires_grad
+    # A token that is certain, and probabilities whose squares are 0 in float32.
+    sure = m.token_logp(torch.tensor([[1e4, -1e4, 0.0]]), lambda h: h, torch.tensor([0]), statistics="collision")
+    close(sure.collision, [0.0])
+
+
+MODULE = logprob
 CHECKS = checks_of(globals())
+CLASSICAL: list[tuple[str, Check, str, str]] = [
+    ("logp: in half precision", check_half_precision_is_upcast, "head(hidden).float()", "head(hidden)"),
+    ("logp: temperature forgotten", check_token_logp_by_hand, ".float() / temperature", ".float()"),
+    ("logp: the collision takes gradients", check_token_logp_collision, "whole[1].detach() if",
+     "whole[1] if"),
+    ("logp: logits kept for the backward pass", check_logits_are_never_whole, "if torch.is_grad_enabled():",
+     "if False:"),
+]  # fmt: skip
+SURVIVORS: dict[str, str] = {
+    "_chunk: dropped: logits.detach() -> _same(logits)": "detached again by its caller; only memory is saved",
+    "_chunk: dropped: total.detach() -> _same(total)": "detached again by its caller; only memory is saved",
+    "_chunk: sign: -1 -> +1": "the last of two dimensions",
+    ("token_logp: operator: hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32) "
+     "-> hidden.sum() * 0.0 - hidden.new_zeros(0, dtype=torch.float32)"): "a part that is empty anyway",
+    "token_logp: operator: hidden.sum() * 0.0 -> hidden.sum() / 0.0": "a part that is empty anyway",
+    "token_logp: name: hidden.new_zeros(0, dtype=torch.float32) -> hidden.new_ones(0, dtype=torch.float32)":
+        "a part that is empty anyway",
+    "token_logp: dropped: empty.detach() -> _same(empty)": "a part that is empty anyway",
+    "token_logp: name: hidden.sum() -> hidden.mean()": "a part that is empty anyway",
+    "token_logp: constant: 0.0 -> 1.0": "a part that is empty anyway",
+    "token_logp: constant: True -> False":
+        "zip(strict=) of two splits of one length, or a generator's state that nothing draws from",
+    "token_logp: constant: False -> True":
+        "zip(strict=) of two splits of one length, or a generator's state that nothing draws from",
+}  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.objectives.support import INF, NAN, checks_of, close, differentiates, doubles, finite, gradients, leaf
+from rlhf_cli.objectives import masked
+from tests.objectives.support import INF, NAN, Check, checks_of, close, differentiates, doubles, finite, gradients, leaf
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 X = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]], dtype=torch.float64)
@@ -108,4 +109,17 @@ def check_lengths(m: Any) -> None:
     assert nothing.dtype == torch.int64
 
 
+MODULE = masked
 CHECKS = checks_of(globals())
+CLASSICAL: list[tuple[str, Check, str, str]] = [
+    ("whiten: shift inverted", check_whiten_by_hand, "    if not shift_mean:\n", "    if shift_mean:\n"),
+    ("whiten: mean over padding", check_whiten_by_hand, "    mean = masked_mean(x, mask)\n", "    mean = x.mean()\n"),
+    ("whiten: deviation for variance", check_whiten_by_hand, "torch.rsqrt(variance + 1e-8)",
+     "torch.rsqrt(variance.sqrt() + 1e-8)"),
+    ("masked: multiplied away", check_masked_sum, "torch.where(mask, x, torch.zeros_like(x)).sum()",
+     "(x * mask).sum()"),
+    ("masked: mean over all slots", check_masked_mean, "mask.sum().clamp(min=1)", "mask.numel()"),
+]  # fmt: skip
+SURVIVORS: dict[str, str] = {
+    "whiten: name: torch.zeros_like(x) -> torch.ones_like(x)": "what stands under a mask that is put on again",
+}  # fmt: skip

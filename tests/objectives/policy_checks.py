@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.objectives.support import checks_of, close, differentiates, doubles, finite, gradients, leaf, untouched
+from rlhf_cli.objectives import policy
+from tests.objectives.support import (
+    Check,
+    checks_of,
+    close,
+    differentiates,
+    doubles,
+    finite,
+    gradients,
+    leaf,
+    untouched,
+)
 
 PLAIN: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
 CASES: list[tuple[float, float, dict[str, Any], float, float, bool]] = [
@@ -100,6 +111,60 @@ def check_policy_finite_differences(m: Any) -> None:
         assert differentiates(lambda x, s=settings: m.clipped_policy(x, old, advantages, **s)[0], logp)
 
 
+OWNERS = torch.tensor([0, 0, 2, 0, 2])
+"""Of five tokens: three of completion 0, two of completion 2, none of completion 1."""
+
+
+def check_completion_means(m: Any) -> None:
+    x = leaf(doubles(1, 2, 5, 6, 8))
+    close(m.completion_means(x, OWNERS, 3), [3.0, 0.0, 6.5])
+    close(gradients(m.completion_means(x, OWNERS, 3), x)[0], [1 / 3, 1 / 3, 1 / 2, 1 / 3, 1 / 2])
+    assert m.completion_means(torch.zeros(0), OWNERS[:0], 0).shape == (0,)
+    close(m.completion_means(doubles(4), OWNERS[:1], 1), [4.0])
+
+
+def check_aggregates(m: Any) -> None:
+    # (1 + 2 + 6) / 3 + (5 + 8) / 2 = 9.5 for two completions; 22 for five tokens.
+    x = doubles(1, 2, 5, 6, 8)
+    assert float(m.total(x, OWNERS, 3)) == 22.0
+    assert float(m.total_of_means(x, OWNERS, 3)) == 9.5
+    assert differentiates(lambda y: m.total_of_means(y, OWNERS, 3), x)
+    assert differentiates(lambda y: m.total(y, OWNERS, 3), x)
+
+
+def check_sequence_log_ratio(m: Any) -> None:
+    # Log-ratios 0.1, 0.4, 1 | 0.3, -0.5: means 0.5 and -0.1, at each of their tokens.
+    old = doubles(-1, -2, -3, -1, -2)
+    logp = old + doubles(0.1, 0.4, 0.3, 1.0, -0.5)
+    found = m.sequence_log_ratio(logp, old, OWNERS, 3)
+    close(found, [0.5, 0.5, -0.1, 0.5, -0.1])
+    assert bool((m.sequence_log_ratio(old, old, OWNERS, 3) == 0).all())
+    assert differentiates(lambda x: m.sequence_log_ratio(x, old, OWNERS, 3), logp)
+    moved = leaf(old)
+    assert untouched(m.sequence_log_ratio(leaf(logp), moved, OWNERS, 3), moved)
+
+
+def check_sequence_ratio_clips_whole_completions(m: Any) -> None:
+    # Ratio exp(0.5) of completion 0 with A = 2 is clipped at 1.2 for all its tokens; exp(-0.1) of 2 is not.
+    old = doubles(-1, -2, -3, -1, -2)
+    logp = leaf(old + doubles(0.1, 0.4, 0.3, 1.0, -0.5))
+    of = m.sequence_log_ratio(logp, old, OWNERS, 3)
+    loss, clipped = m.clipped_policy(of, torch.zeros_like(old), doubles(2, 2, 3, 2, 3), **PLAIN)
+    low = -3 * math.exp(-0.1)
+    close(loss, [-2.4, -2.4, low, -2.4, low])
+    assert clipped.tolist() == [True, True, False, True, False]
+    # A loss of a completion is the mean of its tokens: its gradient is shared out, rho A / L each.
+    (g,) = gradients(m.total_of_means(loss, OWNERS, 3), logp)
+    close(g, [0.0, 0.0, low / 2, 0.0, low / 2])
+
+
+def check_sequence_log_ratio_extremes(m: Any) -> None:
+    logp = leaf(torch.tensor([0.0, 0.0, -1e4, 0.0, -1e4]))
+    of = m.sequence_log_ratio(logp, torch.tensor([-1e4, -1e4, 0.0, -1e4, 0.0]), OWNERS, 3)
+    loss, _ = m.clipped_policy(of, torch.zeros(5), torch.ones(5), **PLAIN)
+    assert finite(loss, *gradients(loss, logp))
+
+
 def _value(m: Any, value: float, old: float, target: float, clip: float | None) -> tuple[float, float, bool]:
     """Loss, gradient, did the clip decide."""
     v = leaf(doubles(value))
@@ -164,4 +229,47 @@ def check_value_finite_differences(m: Any) -> None:
     assert finite(out, *gradients(out, values))
 
 
+MODULE = policy
 CHECKS = checks_of(globals())
+CLASSICAL: list[tuple[str, Check, str, str]] = [
+    ("ppo: maximum", check_clip_table, "torch.minimum(plain, clipped)", "torch.maximum(plain, clipped)"),
+    ("ppo: sign", check_clip_table, "return -surrogate", "return surrogate"),
+    ("ppo: clip on the log-ratio", check_clip_table, "torch.clamp(rho, 1.0 - clip_low, 1.0 + clip_high)",
+     "torch.exp(torch.clamp(torch.log(rho), -clip_low, clip_high))"),
+    ("ppo: clip sides swapped", check_clip_table, "1.0 - clip_low, 1.0 + clip_high",
+     "1.0 - clip_high, 1.0 + clip_low"),
+    ("ppo: dual clip for all", check_clip_table, "torch.where(advantages < 0, torch.maximum(",
+     "torch.where(advantages == advantages, torch.maximum("),
+    ("ppo: unclamped ratio", check_policy_extremes, "torch.exp(torch.clamp(logp - old_logp, -20.0, 20.0))",
+     "torch.exp(logp - old_logp)"),
+    ("ppo: old log-probs take gradients", check_policy_takes_the_only_gradient, "ratio(logp, old_logp.detach())",
+     "ratio(logp, old_logp)"),
+    ("ppo: advantages take gradients", check_policy_takes_the_only_gradient, "advantages = advantages.detach()",
+     "advantages = advantages"),
+    ("value: minimum", check_value_by_hand, "0.5 * torch.maximum(plain, clipped)",
+     "0.5 * torch.minimum(plain, clipped)"),
+    ("value: clipped around the target", check_value_by_hand, "near = old_values + ", "near = returns + "),
+    ("value: returns take gradients", check_value_takes_the_only_gradient, "returns = returns.detach()",
+     "returns = returns"),
+    ("value: rounding counted as a clip", check_value_inside_is_never_clipped, "outside & (clipped > plain)",
+     "clipped > plain"),
+    ("sequence ratio: a sum for a mean", check_sequence_log_ratio,
+     "/ lengths(owners, count).clamp(min=1)", "* 1"),
+    ("sequence ratio: no gradient", check_sequence_ratio_clips_whole_completions,
+     "completion_means(logp - old_logp.detach(), owners, count)[owners]",
+     "completion_means(logp.detach() - old_logp.detach(), owners, count)[owners]"),
+    ("sequence ratio: old log-probs take gradients", check_sequence_log_ratio,
+     "completion_means(logp - old_logp.detach()",
+     "completion_means(logp - old_logp"),
+    ("sequence ratio: mean of ratios", check_sequence_log_ratio,
+     "completion_means(logp - old_logp.detach(), owners, count)[owners]",
+     "completion_means((logp - old_logp.detach()).exp(), owners, count)[owners].log()"),
+    ("aggregate: tokens for completions", check_aggregates, "return completion_means(x, owners, count).sum()",
+     "return x.sum()"),
+]  # fmt: skip
+SURVIVORS: dict[str, str] = {
+    "clipped_policy: boundary: advantages < 0 -> advantages <= 0": "both sides agree at the boundary",
+    "clipped_value: boundary: (values - old_values).abs() > value_clip -> (values - old_values).abs() >= value_clip":
+        "both sides agree at the boundary",
+    "clipped_value: boundary: clipped > plain -> clipped >= plain": "both sides agree at the boundary",
+}  # fmt: skip

@@ -7,12 +7,16 @@ real module, `test_mutants.py` a copy with a mistake planted, for which it must 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_cli.catalog import Objective
+from rlhf_cli.catalog.explain import explain
 
 Check = Callable[[Any], None]
 NAN, INF = float("nan"), float("inf")
@@ -83,3 +87,10 @@ def mutated(module: ModuleType, old: str, new: str) -> ModuleType:
     source = inspect.getsource(module)
     assert source.count(old) == 1, f"{module.__name__} holds {source.count(old)} times: {old}"
     return compiled(module, source.replace(old, new))
+
+
+def start(entry: Objective) -> float | None:
+    """The loss where policy = reference, with default settings: the first number of the docstring's `Step 0:` that
+    stands alone or after `=` or a comma; None when it has none."""
+    found = re.search(r"(?:^|= |, )(\d+(?:\.\d+)?)(?=$|,| with| at| where)", explain(entry).step_0)
+    return float(found[1]) if found else None

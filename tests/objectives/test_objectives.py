@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from types import ModuleType
 
 import pytest
 
-from rlhf_cli.objectives import advantage, kl, likelihood, logprob, masked, policy, preference
-from rlhf_cli.rollouts import experience
-from tests.objectives import (
-    advantage_checks,
-    experience_checks,
-    kl_checks,
-    likelihood_checks,
-    logprob_checks,
-    masked_checks,
-    policy_checks,
-    preference_checks,
-    reference_checks,
-)
+from tests import objectives
 from tests.objectives.support import Check
 
-CHECKED = [
-    (masked, masked_checks.CHECKS),
-    (logprob, logprob_checks.CHECKS),
-    (likelihood, likelihood_checks.CHECKS),
-    (preference, preference_checks.CHECKS + reference_checks.CHECKS),
-    (policy, policy_checks.CHECKS),
-    (advantage, advantage_checks.CHECKS),
-    (kl, kl_checks.CHECKS),
-    (experience, experience_checks.CHECKS),
+CHECK_MODULES = [
+    importlib.import_module(f"tests.objectives.{found.name}")
+    for found in pkgutil.iter_modules(objectives.__path__)
+    if found.name.endswith("_checks")
 ]
+
+
+def checked() -> list[tuple[ModuleType, list[Check]]]:
+    """(module, all checks of it): several files may check one module."""
+    found: dict[str, tuple[ModuleType, list[Check]]] = {}
+    for checks in CHECK_MODULES:
+        found.setdefault(checks.MODULE.__name__, (checks.MODULE, []))[1].extend(checks.CHECKS)
+    return list(found.values())
+
+
+CHECKED = checked()
 
 
 @pytest.mark.parametrize(
