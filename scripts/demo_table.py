@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from make_tiny import load_words
+from tiny_grammar import load_words
 
 METHODS = ("ppo", "dpo", "orpo", "simpo")
 STANDARD_ERRORS = 3.0

@@ -3,104 +3,90 @@
     python scripts/make_docs.py            writes it
     python scripts/make_docs.py --check    exit code 1 when it is not what would be written
 
-A test holds the page fresh.
+`rlhf explain NAME` shows the same. A test holds the page fresh.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, Entry, Objective, Settings
+import yaml
+
+from rlhf_cli.catalog import STAGES, Stage
+from rlhf_cli.catalog.explain import Named
+from rlhf_cli.cli.explain import described, formula_lines, offers, plain
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "objectives.md"
-NEEDS = {
-    "reference": "log-probabilities of a frozen reference",
-    "scores": "a score of each completion in the data",
-    "kl_point": "an estimate of the KL to the reference, made in each step",
-}
-DATA = {
-    "demonstration": "demonstrations: messages, prompt and completion, or plain text",
-    "comparison": "comparisons: prompt, chosen, rejected",
-    "verdict": "verdicts: prompt, completion, label",
-    "task": "prompts",
-}
-SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 HEAD = """# Objectives
 
-Every name that a recipe may use for an objective, an advantage estimator or a KL controller, with its settings. This
-page is made from the catalogue and the docstrings by `scripts/make_docs.py`; do not edit it. The code is in
-`rlhf_cli/objectives/`, pure functions of tensors; `tests/objectives/` holds each to values worked out by hand.
+Every name that a recipe may use for an objective, an advantage estimator or a KL controller. This page is made from the
+catalogue and the docstrings by `scripts/make_docs.py`; do not edit it. `rlhf explain NAME` shows one entry on the
+terminal. Which to take: [choosing.md](choosing.md); how to add one: [adding-an-objective.md](adding-an-objective.md).
 
-In the formulas `u` is the summed log-probability of a completion under the policy minus that under the reference, and
-`D` is `u` of the chosen completion minus `u` of the rejected one.
+The code is in `rlhf_cli/objectives/`, pure functions of tensors; `tests/objectives/` holds each to values worked out by
+hand, to finite differences and to planted mistakes. "At step 0" is what the loss is while policy and reference are the
+same model, or all scores are equal: the first line of `metrics.jsonl` shows it.
 """
 
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, _contents()]
-    parts += [_section(entry, f"objective: {{name: {entry.name}", _facts(entry)) for entry in OBJECTIVES.values()]
-    parts += ["## Advantage estimators\n\nOf PPO, under `ppo.advantage`.\n"]
-    parts += [
-        _section(entry, f"advantage: {{name: {entry.name}", ["reads the critic's values"] if entry.critic else [])
-        for entry in ESTIMATORS.values()
-    ]
-    parts += ["## KL controllers\n\nOf PPO's penalty for leaving the reference, under `ppo.kl`.\n"]
-    parts += [_section(entry, f"kl: {{name: {entry.name}", []) for entry in CONTROLLERS.values()]
-    return "\n".join(parts)
+    commands = [part for stage in STAGES.values() for part in _command(stage)]
+    return "\n".join([HEAD, _contents(), *commands])
 
 
 def _contents() -> str:
-    rows = [
-        f"| [`{o.name}`](#{o.name}) | `rlhf {o.stage}` | {o.data} | {', '.join(o.needs) or 'nothing'} | {o.help} |"
-        for o in OBJECTIVES.values()
-    ]
-    return _table(("name", "command", "data", "needs", "what it is"), rows) + "\n## Training objectives\n"
+    """A table of all names, grouped by command."""
+    rows = []
+    for stage in STAGES.values():
+        for entry in _entries(stage):
+            found = described(entry)
+            rows.append(
+                f"| `{found['command']}` | [`{entry.name}`](#{entry.name}) | {found['data']['kind']} | {entry.help} |"
+            )
+    return _table(("command", "name", "data", "what it is"), rows)
 
 
-def _facts(entry: Objective) -> list[str]:
-    needs = "; ".join(NEEDS[need] for need in entry.needs)
-    return [f"command: `rlhf {entry.stage}`", f"data: {DATA[entry.data]}", f"needs: {needs or 'nothing else'}"]
+def _entries(stage: Stage) -> list[Named]:
+    return [entry for entries in offers(stage).values() for entry in entries]
 
 
-def _section(entry: Entry, block: str, facts: Iterable[str]) -> str:
-    """One entry: what it is, its formula and source, its settings."""
-    module, name = entry.path.split(":")
-    code = f"code: `{name}` in `rlhf_cli/{module.replace('.', '/')}.py`"
-    settings: type[Settings] = entry.settings  # type: ignore[attr-defined]
-    given = "".join(f", {key}: {_plain(value)}" for key, value in settings().model_dump().items())
-    lines = [f"### {entry.name}", "", f"{entry.help}.", "", *(f"- {fact}" for fact in (*facts, code)), ""]
-    lines += ["```text", inspect.getdoc(entry.load()) or "", "```", "", "```yaml", f"{block}{given}}}", "```", ""]
-    return "\n".join(lines) + "\n" + _settings(settings)
+def _command(stage: Stage) -> Iterator[str]:
+    yield f"## rlhf {stage.name}\n\n{stage.help}.\n"
+    for entry in _entries(stage):
+        yield _section(entry.name, described(entry))
 
 
-def _settings(settings: type[Settings]) -> str:
-    rows = [
-        f"| `{name}` | {_plain(field.default)} | {_allowed(field)} | {' '.join((field.description or '').split())} |"
-        for name, field in settings.model_fields.items()
-    ]
-    return _table(("setting", "default", "allowed", "meaning"), rows)
+def _section(name: str, found: dict[str, Any]) -> str:
+    """One entry: what it is, its formula, its settings, its data, its traps. Lists with two marks stay two lists."""
+    lines = [f"### {name}", "", f"{found['help']} ({found['kind']}).", "", "```text"]
+    lines += [*formula_lines(found["formula"]), "```", ""]
+    lines += [found["notes"], ""] if found["notes"] else []
+    lines += [*(f"- `{symbol.replace(': ', '`: ', 1)}" for symbol in found["symbols"]), ""]
+    facts = {
+        "At step 0": found["step_0"],
+        "Data": f"{found['data']['help']}. {_formats(found['data']['formats'])}",
+        "Needs": "; ".join(found["needs"]),
+        "Traps": found["traps"],
+        "Source": found["source"],
+        "Code": f"`{found['code'].replace(' in ', '` in `')}`",
+    }
+    lines += [*(f"* **{title}**: {words}" for title, words in facts.items() if words), ""]
+    block = yaml.safe_dump(found["recipe"], sort_keys=False)
+    return "\n".join([*lines, f"```yaml\n{block}```", "", _settings(found["settings"])])
 
 
-def _allowed(field: Any) -> str:
-    """The type of a setting and its bounds, in words."""
-    kinds = get_args(field.annotation)
-    if kinds and all(isinstance(kind, str) for kind in kinds):
-        return ", ".join(f"`{kind}`" for kind in kinds)
-    bounds = [f"{sign} {_plain(getattr(m, name))}" for name, sign in SIGNS for m in field.metadata if hasattr(m, name)]
-    word = "true or false" if field.annotation is bool else "number"
-    return " ".join([word, " and ".join(bounds)]).strip() + (" or null" if type(None) in kinds else "")
+def _formats(formats: list[dict[str, Any]]) -> str:
+    return "Formats: " + ", ".join(f"`{one['name']}`" for one in formats)
 
 
-def _plain(value: Any) -> str:
-    """A value as YAML has it."""
-    words: Mapping[Any, str] = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else f"{value}"
+def _settings(settings: list[dict[str, Any]]) -> str:
+    rows = [f"| `{s['name']}` | {plain(s['default'])} | {s['allowed']} | {s['help']} |" for s in settings]
+    return _table(("setting", "default", "allowed", "meaning"), rows) if rows else "No settings.\n"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[str]) -> str:

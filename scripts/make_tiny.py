@@ -10,6 +10,15 @@ Everything comes from the word lists in recipes/tiny/reward.py, a small grammar 
     pairs[-eval].jsonl                {prompt, chosen, rejected, chosen_score, rejected_score}: chosen is truly better
     verdicts[-eval].jsonl             {prompt, completion, label}
     prompts[-eval].jsonl              {prompt, kind}: requests only
+    rankings[-eval].jsonl             {prompt, completions, scores}: two to five reviews, some of them tied
+    strict-rankings[-eval].jsonl      {prompt, completions, ranks}: no two of them tied
+    choices[-eval].jsonl              {prompt, completions, best}: the best of four
+    scored[-eval].jsonl               {prompt, completion, score}: three rows a prompt
+    games[-eval].jsonl                {prompt, a, b, outcome}: which of two reviews won
+    steps[-eval].jsonl                {prompt, steps, labels}: sentences, right up to the first that blames
+    spans[-eval].jsonl                {prompt, completion, errors}: where the words of blame are
+    safety[-eval].jsonl               {prompt, response_0, response_1, ...}: harm is the number of words of blame
+    votes[-eval].jsonl                {prompt, completions, votes}: three judges who see the difference with noise
     DONE                              written last
 
 The subjects of every *-eval file but pretrain-eval occur in no training file.
@@ -18,136 +27,29 @@ The subjects of every *-eval file but pretrain-eval occur in no training file.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-REWARD_FILE = Path(__file__).resolve().parent.parent / "recipes" / "tiny" / "reward.py"
+from tiny_grammar import LEANINGS, Subject, W, request, review, spoilt, subjects
+from tiny_judged import FILES
+
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-REQUESTS = (
-    "Write a review of the {kind} {title}.",
-    "Please write a short review of the {kind} {title}.",
-    "Tell us about the {kind} {title}.",
-    "What do you think of the {kind} {title}?",
-    "Give me your opinion of the {kind} {title}.",
-    "How was the {kind} {title}?",
-)
-SIZES = {"pretrain": 6000, "sft": 3600, "pairs": 2400, "verdicts": 2400, "prompts": 2400}
-EVAL_SIZES = {"pretrain": 200, "sft": 200, "pairs": 400, "verdicts": 200, "prompts": 300}
-LEANINGS = (0.05, 0.05, 0.5, 0.95, 0.95)
-"""Chance that one opinion in a review is praise; each review draws one of them."""
+SIZES = {"pretrain": 6000, "sft": 3600, "pairs": 2400, "verdicts": 2400, "prompts": 2400} | dict.fromkeys(FILES, 1500)
+EVAL_SIZES = {"pretrain": 200, "sft": 200, "pairs": 400, "verdicts": 200, "prompts": 300} | dict.fromkeys(FILES, 240)
 MIN_GAP = 0.25
 """Least difference in true reward within a pair."""
 BROKEN_SHARE = 0.15
 """Share of pairs whose rejected completion is spoilt in form, whatever it says."""
-
-
-def load_words(path: Path = REWARD_FILE) -> ModuleType:
-    """The module with the word lists and the true reward."""
-    spec = importlib.util.spec_from_file_location("tiny_reward", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-W = load_words()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a review is about."""
-
-    kind: str
-    title: str
-
-
-# --- the grammar -----------------------------------------------------------------------------------------
-
-
-def article(word: str) -> str:
-    """The word with a or an before it."""
-    return f"{'an' if word[0] in 'aeiou' or word == 'honest' else 'a'} {word}"
-
-
-def opinion(rng: random.Random, kind: str, leaning: float) -> str:
-    """One sentence with one to three words of sentiment, each praise with chance `leaning`."""
-
-    def adjective() -> str:
-        return rng.choice(W.POSITIVE_ADJECTIVES if rng.random() < leaning else W.NEGATIVE_ADJECTIVES)
-
-    def verb() -> str:
-        return rng.choice(W.POSITIVE_VERBS if rng.random() < leaning else W.NEGATIVE_VERBS)
-
-    one, two = rng.sample(W.ASPECTS[kind], 2)
-    link, adverb, who = rng.choice(W.LINKS), rng.choice(W.ADVERBS), rng.choice(("I", "We"))
-    forms = (
-        lambda: f"The {one} {link} {adverb} {adjective()}.",
-        lambda: f"The {one} {link} {adjective()} and {adjective()}.",
-        lambda: f"The {one} {link} {adjective()} but the {two} {link} {adjective()}.",
-        lambda: f"{who} {verb()} the {one}.",
-        lambda: f"{who} {verb()} the {one} and the {two}.",
-        lambda: f"{who} found the {one} {adverb} {adjective()} and {verb()} the {two}.",
-        lambda: f"It has {article(adjective())} {one} and {article(adjective())} {two}.",
-    )
-    return rng.choice(forms)()
-
-
-def scene(rng: random.Random, subject: Subject) -> str:
-    """One sentence without sentiment."""
-    person, day, month = rng.choice(W.PEOPLE), rng.choice(W.DAYS).capitalize(), rng.choice(W.MONTHS).capitalize()
-    if subject.kind == "restaurant":
-        return rng.choice((f"We went to {subject.title} on {day}.", f"I went there in {month} with my {person}."))
-    if subject.kind == "film":
-        return rng.choice((f"We saw {subject.title} on {day}.", f"I saw it in {month} with my {person}."))
-    return rng.choice((f"I had {subject.title} from my {person}.", f"My {person} had it for all of {month}."))
-
-
-def review(rng: random.Random, subject: Subject, leaning: float) -> str:
-    """Two to four sentences about the subject."""
-    word = rng.choice(W.POSITIVE_ADJECTIVES if rng.random() < leaning else W.NEGATIVE_ADJECTIVES)
-    opening = f"{subject.title} {rng.choice(('is', 'was'))} {article(word)} {subject.kind}."
-    sentences = [opening if rng.random() < 0.5 else scene(rng, subject)]
-    sentences += [opinion(rng, subject.kind, leaning) for _ in range(rng.randint(1, 3))]
-    return " ".join(sentences)
-
-
-def spoilt(rng: random.Random, text: str) -> str:
-    """The text with its end cut off, its words in disorder, or one word said over and over."""
-    words = text.split()
-    way = rng.randrange(3)
-    if way == 0:
-        return " ".join(words[: max(2, len(words) // 2)]).rstrip(".,")
-    if way == 1:
-        return " ".join(rng.sample(words, len(words))).rstrip(".,")
-    return " ".join([rng.choice(W.POSITIVE_ADJECTIVES)] * rng.randint(8, 16))
-
-
-def request(rng: random.Random, subject: Subject) -> list[dict[str, str]]:
-    """The conversation up to the assistant's turn."""
-    text = rng.choice(REQUESTS).format(kind=subject.kind, title=subject.title)
-    return [{"role": "user", "content": text}]
-
-
-def subjects(rng: random.Random) -> tuple[list[Subject], list[Subject]]:
-    """All subjects, split into those of the training files and the held-out fifth."""
-    titles = [f"The {a} {b}".title() for a in W.TITLE_FIRST for b in W.TITLE_SECOND]
-    everything = [Subject(kind, title) for kind in W.ASPECTS for title in titles]
-    rng.shuffle(everything)
-    cut = len(everything) // 5
-    return everything[cut:], everything[:cut]
 
 
 # --- the files -------------------------------------------------------------------------------------------
@@ -180,7 +82,7 @@ def verdict(rng: random.Random, subject: Subject, number: int) -> dict[str, Any]
 
 
 def rows(kind: str, rng: random.Random, pool: list[Subject], count: int) -> Iterator[dict[str, Any]]:
-    """The rows of one file. Subjects are drawn from `pool`, none twice before all were used."""
+    """The rows of one file, or more. Subjects are drawn from `pool`, none twice before all were used."""
     order: list[Subject] = []
     for number in range(count):
         if not order:
@@ -195,6 +97,8 @@ def rows(kind: str, rng: random.Random, pool: list[Subject], count: int) -> Iter
             yield pair(rng, subject)
         elif kind == "verdicts":
             yield verdict(rng, subject, number)
+        elif kind in FILES:
+            yield from FILES[kind](rng, subject)
         else:
             yield {"prompt": request(rng, subject), "kind": subject.kind}
 
@@ -206,7 +110,7 @@ def write_data(out: Path, seed: int) -> None:
         for kind, count in sizes.items():
             rng = random.Random(f"{seed} {kind}{suffix}")
             with (out / f"{kind}{suffix}.jsonl").open("w", encoding="utf-8") as file:
-                for row in rows(kind, rng, pool, count):
+                for row in itertools.islice(rows(kind, rng, pool, count), count):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_cli.catalog import OBJECTIVES
-from rlhf_cli.recipe.schema import RECIPES
+from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES
+from rlhf_cli.data.prepare import check_data
+from rlhf_cli.recipe.schema import RECIPES, PPORecipe, terms_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,9 +35,11 @@ def load(path: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(ROOT / "scripts"))
 make_tiny = load("scripts/make_tiny.py")
+tiny_grammar = load("scripts/tiny_grammar.py")
 demo_table = load("scripts/demo_table.py")
-reward = make_tiny.load_words()
+reward = tiny_grammar.load_words()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -154,6 +158,56 @@ def test_chosen_is_truly_better(world: Path) -> None:
         assert (row["chosen_score"], row["rejected_score"]) == (round(chosen, 4), round(rejected, 4))
 
 
+def blamed(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if word in reward.NEGATIVE]
+
+
+def test_judged_files_tell_the_truth(world: Path) -> None:
+    for row in rows(world / "rankings.jsonl"):
+        assert row["scores"] == [round(reward.true_reward(text), 1) for text in row["completions"]]
+        assert 2 <= len(set(row["completions"])) == len(row["completions"]) <= 5
+        assert len(set(row["scores"])) > 1
+    for row in rows(world / "strict-rankings.jsonl"):
+        by_rank = [text for _, text in sorted(zip(row["ranks"], row["completions"], strict=True))]
+        rewards = [reward.true_reward(text) for text in by_rank]
+        assert sorted(row["ranks"]) == list(range(1, len(rewards) + 1))
+        assert all(a > b for a, b in pairwise(rewards))
+    for row in rows(world / "choices.jsonl"):
+        rewards = [reward.true_reward(text) for text in row["completions"]]
+        assert rewards.pop(row["best"]) > max(rewards)
+    for row in rows(world / "scored.jsonl"):
+        assert row["score"] == round(reward.true_reward(row["completion"]), 4)
+    for row in rows(world / "steps.jsonl"):
+        right = [not blamed(step) for step in row["steps"]]
+        first = right.index(False) if False in right else len(right)
+        assert row["labels"] == [None if i > first else i < first for i in range(len(right))]
+    for row in rows(world / "spans.jsonl"):
+        assert [row["completion"][e["start"] : e["end"]].lower() for e in row["errors"]] == blamed(row["completion"])
+        assert all(
+            (row["completion"][e["start"] : e["end"]] in reward.NEGATIVE_VERBS) == (e["category"] == "verb")
+            for e in row["errors"]
+        )
+    for row in rows(world / "safety.jsonl"):
+        harm = [len(blamed(row[f"response_{i}"])) for i in (0, 1)]
+        assert harm[row["safer_response_id"]] < harm[1 - row["safer_response_id"]]
+        assert [row[f"is_response_{i}_safe"] for i in (0, 1)] == [h == 0 for h in harm]
+
+
+def test_games_and_votes_mostly_go_to_the_better_review(world: Path) -> None:
+    games = [(row, reward.true_reward(row["a"]) - reward.true_reward(row["b"])) for row in rows(world / "games.jsonl")]
+    assert all((row["outcome"] == 0.5) == (abs(gap) < 0.1) for row, gap in games)
+    decided = [(row["outcome"] == 1) == (gap > 0) for row, gap in games if row["outcome"] != 0.5]
+    assert 0.8 < sum(decided) / len(decided) < 1
+    disagree = clear = 0
+    for row in rows(world / "votes.jsonl"):
+        gap = reward.true_reward(row["completions"][0]) - reward.true_reward(row["completions"][1])
+        balance = row["votes"].count(1) - row["votes"].count(2)
+        disagree += len(set(row["votes"])) > 1
+        clear += balance * gap > 0
+    assert 0.1 < disagree / 1500 < 0.7
+    assert clear / 1500 > 0.7
+
+
 def test_sentiment_is_mixed_before_preferences(world: Path) -> None:
     scores = [reward.true_reward(row["messages"][-1]["content"]) for row in rows(world / "sft.jsonl")]
     positive = sum(score > 0 for score in scores) / len(scores)
@@ -170,7 +224,7 @@ def test_reviews_use_only_words_of_the_world() -> None:
     rng = random.Random(3)
     for kind in reward.ASPECTS:
         for _ in range(200):
-            text = make_tiny.review(rng, make_tiny.Subject(kind, "The Red Gate"), 0.5)
+            text = tiny_grammar.review(rng, tiny_grammar.Subject(kind, "The Red Gate"), 0.5)
             assert text.endswith(".")
             assert set(re.findall(r"[a-z]+", text.lower())) <= reward.WORLD
 
@@ -268,6 +322,8 @@ def test_a_missing_accuracy_is_an_error(tmp_path: Path) -> None:
 
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 SHIPPED = {str(path.relative_to(ROOT)): path for path in PATHS}
+TOY = {name for name, path in SHIPPED.items() if path.parent.name in ("tiny", "objectives")}
+"""Recipes on the offline world; the others are for models of the hub."""
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -275,14 +331,14 @@ def test_recipe_is_valid_and_says_how_to_run_it(name: str) -> None:
     text = SHIPPED[name].read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     RECIPES[raw["stage"]].model_validate(raw)
-    schema = "../schema.json" if "tiny" in name else "schema.json"
+    schema = "../schema.json" if name in TOY else "schema.json"
     assert text.startswith(f"# yaml-language-server: $schema={schema}\n")
     assert f"\n#   rlhf {raw['stage']} {name}\n" in text
 
 
-@pytest.mark.parametrize("tiny", [True, False])
-def test_recipes_chain(tiny: bool) -> None:
-    raw = {name: yaml.safe_load(path.read_text()) for name, path in SHIPPED.items() if ("tiny" in name) == tiny}
+@pytest.mark.parametrize("toy", [True, False])
+def test_recipes_chain(toy: bool) -> None:
+    raw = {name: yaml.safe_load(path.read_text()) for name, path in SHIPPED.items() if (name in TOY) == toy}
     made = {recipe["output_dir"]: recipe for recipe in raw.values()}
     assert len(made) == len(raw), "two recipes write to the same directory"
     for recipe in raw.values():
@@ -295,12 +351,23 @@ def test_recipes_chain(tiny: bool) -> None:
                 assert made[source["run"]]["model"]["name_or_path"] == start
 
 
-def test_every_objective_has_a_tiny_recipe_and_one_for_hardware() -> None:
-    for tiny in (True, False):
-        used = set()
-        for name, path in SHIPPED.items():
-            if ("tiny" in name) == tiny:
-                raw = yaml.safe_load(path.read_text())
-                model = RECIPES[raw["stage"]].model_validate(raw)
-                used.add(getattr(getattr(model, "objective", None), "name", ""))
-        assert set(OBJECTIVES) <= used
+def test_every_objective_and_estimator_has_a_recipe_on_the_toy_world() -> None:
+    models = [
+        RECIPES[raw["stage"]].model_validate(raw) for raw in (yaml.safe_load(SHIPPED[n].read_text()) for n in TOY)
+    ]
+    blocks = [getattr(model, "objective", None) for model in models]
+    assert set(OBJECTIVES) <= {term.name for block in blocks if block is not None for _, term in terms_of(block)}
+    assert set(ESTIMATORS) <= {model.ppo.advantage.name for model in models if isinstance(model, PPORecipe)}
+
+
+@pytest.mark.parametrize("name", sorted(TOY))
+def test_toy_recipes_find_their_data(name: str, world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "world").symlink_to(world)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(SHIPPED[name].read_text())
+    lines = check_data(RECIPES[raw["stage"]].model_validate(raw))
+    kept = [re.search(r"(\d+) examples kept", line) for line in lines if line.startswith(("train ", "eval "))]
+    assert len(kept) == 2
+    assert all(found is not None and int(found[1]) >= 30 for found in kept)

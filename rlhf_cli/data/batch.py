@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_cli.data.tokens import Sample
+from rlhf_cli.data.tokens import Completion, Sample
+
+NOTHING = Completion(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))
+"""Stands for the completion of a sample that has none."""
 
 
 class Span(NamedTuple):
@@ -43,6 +46,8 @@ class Batch:
     last: Tensor  # (N,) int64 flat index of the last token of each sequence
     example: Tensor  # (N,) int64 example of each sequence
     numbers: dict[str, Tensor]  # (B,) each
+    gold: Tensor  # (N,) float64 score of each sequence in the data, nan where unknown
+    labels: Tensor  # (T,) float64 label of each scored token, in the order of `targets`; nan where unknown
     spans: tuple[Span, ...]
     where: tuple[str, ...]
     """Source of each of the B examples."""
@@ -101,7 +106,7 @@ class _Rows:
         self.last: list[tuple[int, int]] = []
 
     def row(self) -> int:
-        self.rows.append({k: [] for k in ("ids", "position", "segment", "predictor", "scored", "sequence")})
+        self.rows.append({k: [] for k in ("ids", "position", "segment", "predictor", "scored", "sequence", "label")})
         self.filled.append(0)
         return len(self.rows) - 1
 
@@ -110,6 +115,7 @@ class _Rows:
         row: int,
         ids: np.ndarray,  # (n,)
         scored: np.ndarray,  # (n,) bool
+        labels: np.ndarray | None = None,  # (scored tokens,)
         *,
         parent: int = -1,
         first_position: int = 0,
@@ -120,6 +126,9 @@ class _Rows:
         predictor = np.arange(start - 1, start + n - 1)
         if n:
             predictor[0] = self.spans[parent].end - 1 if parent >= 0 else -1
+        label = np.full(n, np.nan)
+        if labels is not None:
+            label[scored] = labels
         columns = {
             "ids": ids,
             "position": np.arange(first_position, first_position + n),
@@ -127,6 +136,7 @@ class _Rows:
             "predictor": predictor,
             "scored": scored,
             "sequence": np.where(scored, sequence, -1),
+            "label": label,
         }
         for name, values in columns.items():
             self.rows[row][name].append(values)
@@ -136,7 +146,7 @@ class _Rows:
             self.last.append((row, self.filled[row] - 1))
         return index
 
-    def tensor(self, name: str, fill: int, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, fill: float, dtype: torch.dtype) -> Tensor:
         """(R, L), padded on the right with `fill`."""
         out = torch.full((len(self.rows), max(self.filled, default=0)), fill, dtype=dtype)
         for i, row in enumerate(self.rows):
@@ -154,31 +164,32 @@ def collate(samples: Sequence[Sample], *, packed: bool) -> Batch:
         plain = np.zeros(len(sample.prompt), dtype=bool)
         if packed and sample.completions and len(sample.prompt):
             prompt = rows.append(shared, sample.prompt, plain)
-            for completion in sample.completions:
+            for c in sample.completions:
                 rows.append(
-                    shared, completion.ids, completion.scored,
+                    shared, c.ids, c.scored, c.labels,
                     parent=prompt, first_position=len(sample.prompt), sequence=sequence,
                 )  # fmt: skip
                 sequence += 1
         else:
-            parts = [(c.ids, c.scored) for c in sample.completions] or [(plain[:0].astype(np.int32), plain[:0])]
-            for tokens, scored in parts:
-                whole = np.concatenate([sample.prompt, tokens]), np.concatenate([plain, scored])
-                rows.append(shared if packed else rows.row(), *whole, sequence=sequence)
+            for c in sample.completions or (NOTHING,):
+                whole = np.concatenate([sample.prompt, c.ids]), np.concatenate([plain, c.scored])
+                rows.append(shared if packed else rows.row(), *whole, c.labels, sequence=sequence)
                 sequence += 1
         example += [b] * max(1, len(sample.completions))
     names = set.intersection(*(set(s.numbers) for s in samples)) if samples else set()
-    ids = rows.tensor("ids", 0, torch.int64)
+    ids, scored = rows.tensor("ids", 0, torch.int64), rows.tensor("scored", 0, torch.bool)
     return Batch(
         ids=ids,
         position=rows.tensor("position", 0, torch.int64),
         segment=rows.tensor("segment", -1, torch.int64),
         predictor=rows.tensor("predictor", -1, torch.int64),
-        scored=rows.tensor("scored", 0, torch.bool),
+        scored=scored,
         sequence=rows.tensor("sequence", -1, torch.int64),
         last=torch.tensor([row * ids.shape[1] + column for row, column in rows.last], dtype=torch.int64),
         example=torch.tensor(example, dtype=torch.int64),
         numbers={k: torch.tensor([s.numbers[k] for s in samples], dtype=torch.float64) for k in sorted(names)},
+        gold=torch.tensor([c.gold for s in samples for c in s.completions or (NOTHING,)], dtype=torch.float64),
+        labels=rows.tensor("label", torch.nan, torch.float64)[scored],
         spans=tuple(rows.spans),
         where=tuple(s.where for s in samples),
         packed=packed,

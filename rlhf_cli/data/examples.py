@@ -47,6 +47,10 @@ class Comparison:
     """How much better, as a reward-model margin (0: unknown)."""
     scores: tuple[float, float] | None = None
     """Scores of chosen and rejected."""
+    target: float = 1.0
+    """Probability that chosen is the better one; 0.5 when the judges are split evenly."""
+    safety: tuple[bool, bool] | None = None
+    """Whether chosen and rejected are safe."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,39 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """Several completions of one prompt, each with a score."""
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    scores: tuple[float, ...]
+    """Higher is better, equal is a tie."""
+    where: str
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One completion with its score."""
+
+    prompt: Prompt
+    completion: str
+    score: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A completion in pieces, some of them judged."""
+
+    prompt: Prompt
+    steps: tuple[str, ...]
+    """The pieces in their order, separators included; joined they are the completion."""
+    labels: tuple[float | None, ...]
+    """1 right, 0 neutral, -1 wrong, between 0 and 1 the probability of being right; None: not judged."""
+    where: str
+
+
+@dataclass(frozen=True)
 class Task:
     """A prompt to be completed; the other columns of its row go to the reward functions."""
 
@@ -68,4 +105,4 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Example: TypeAlias = Demonstration | Comparison | Verdict | Task
+Example: TypeAlias = Demonstration | Comparison | Verdict | Ranking | Rated | Steps | Task

@@ -6,47 +6,16 @@ reader takes a row and its `file:line` and returns examples (mostly one), or rai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from rlhf_cli.catalog import Data
-from rlhf_cli.data import rows
-from rlhf_cli.data.examples import Comparison, Demonstration, Message, Prompt, Task, Verdict
-from rlhf_cli.data.grouping import Dropped, Scored, one_task_a_prompt, pair_by_score
+from rlhf_cli.data import formats_ranked, formats_steps, rows
+from rlhf_cli.data.examples import Comparison, Demonstration, Message, Prompt, Rated, Verdict
+from rlhf_cli.data.grouping import one_task_a_prompt, pair_by_score, rank_by_score
+from rlhf_cli.data.reading import Finished, Format, Reader, as_task, columns
 from rlhf_cli.data.rows import BadRow, Row
 from rlhf_cli.errors import DataError, did_you_mean
-
-Reader: TypeAlias = Callable[[Row, str], list[Any]]
-
-
-Finish: TypeAlias = Callable[[list[Any]], tuple[list[Any], list[Dropped]]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A way to read rows."""
-
-    name: str
-    needs: tuple[frozenset[str], ...]
-    """Sets of columns; the format fits rows that have all of one set."""
-    gives: Mapping[Data, Reader]
-    """The kinds of example, each with its reader."""
-    help: str
-    finish: Mapping[Data, Finish] = field(default_factory=dict)
-    """What is done with all that the reader gave, when rows belong together."""
-    optional: frozenset[str] = frozenset()
-    """Further columns that it reads where they are there."""
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """All columns that it reads."""
-        return self.optional.union(*self.needs)
-
-    def match(self, columns: set[str]) -> frozenset[str] | None:
-        """The largest of its column sets that is there, None when none is."""
-        return max((n for n in self.needs if n <= columns), key=len, default=None)
-
 
 # --- one function a format -------------------------------------------------------------------------------
 
@@ -62,21 +31,9 @@ def prompt_completion(row: Row, where: str) -> list[Any]:
     return [Demonstration(asked, completion, where)]
 
 
-def alpaca_messages(row: Row) -> tuple[Message, ...]:
-    """System, earlier turns (`history`, pairs of user and assistant) and the instruction with its input below it."""
-    system, extra = rows.optional_text(row, "system"), rows.optional_text(row, "input")
-    found = [Message("system", system)] if system else []
-    for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
-            raise BadRow("'history' is not a list of [user, assistant] pairs")
-        found += [Message("user", pair[0]), Message("assistant", pair[1])]
-    ask = rows.filled(rows.text(row, "instruction"), "prompt")
-    return *found, Message("user", f"{ask}\n{extra}" if extra else ask)
-
-
 def alpaca(row: Row, where: str) -> list[Any]:
     answer = Message("assistant", rows.filled(rows.text(row, "output"), "completion"))
-    return [Demonstration((*alpaca_messages(row), answer), None, where)]
+    return [Demonstration((*rows.alpaca_messages(row), answer), None, where)]
 
 
 def preference(row: Row, where: str) -> list[Any]:
@@ -125,12 +82,28 @@ def _comparison(row: Row, where: str, asked: Prompt, chosen: str, rejected: str)
         raise BadRow("chosen equals rejected")
     high = rows.number(row, "chosen_score", "score_chosen")
     low = rows.number(row, "rejected_score", "score_rejected")
-    scores = (high, low) if high is not None and low is not None else None
-    return Comparison(asked, chosen, rejected, where, rows.number(row, "margin") or 0.0, scores)
+    return Comparison(
+        asked, chosen, rejected, where,
+        margin=rows.number(row, "margin") or 0.0,
+        scores=(high, low) if high is not None and low is not None else None,
+        target=_target(row),
+        safety=rows.both(row, "chosen_safe", "rejected_safe"),
+    )  # fmt: skip
+
+
+def _target(row: Row) -> float:
+    target = rows.number(row, "target")
+    if target is None:
+        return 1.0
+    if not 0 <= target <= 1:
+        raise BadRow("'target' is not between 0 and 1")
+    if target < 0.5:
+        raise BadRow("'target' is below 0.5: chosen would be the worse one")
+    return target
 
 
 def verdict(row: Row, where: str) -> list[Any]:
-    wanted = rows.label(row)
+    wanted = rows.truth(row, "label")
     if "messages" in row and "prompt" not in row:
         said = rows.conversation(rows.messages(row["messages"], "messages"))
         return [Verdict(said[:-1], said[-1].content, wanted, where)]
@@ -143,7 +116,7 @@ def scored(row: Row, where: str) -> list[Any]:
     score = rows.number(row, "score")
     if score is None:
         raise BadRow("no 'score'")
-    return [Scored(asked, completion, score, where)]
+    return [Rated(asked, completion, score, where)]
 
 
 # --- from one kind to another ----------------------------------------------------------------------------
@@ -151,20 +124,10 @@ def scored(row: Row, where: str) -> list[Any]:
 
 def _as_verdicts(read: Reader) -> Reader:
     def reader(row: Row, where: str) -> list[Any]:
-        return [
-            Verdict(c.prompt, completion, wanted, where)
-            for c in read(row, where)
-            for completion, wanted in ((c.chosen, True), (c.rejected, False))
-        ]
-
-    return reader
-
-
-def _as_task(read: Callable[[Row], Prompt], *used: str) -> Reader:
-    """Only the prompt; all columns but `used` become facts."""
-
-    def reader(row: Row, where: str) -> list[Any]:
-        return [Task(read(row), where, {k: v for k, v in row.items() if k not in used})]
+        (pair,) = read(row, where)
+        if pair.target == 0.5:
+            raise BadRow("'target' is 0.5: neither completion is the better one")
+        return [Verdict(pair.prompt, pair.chosen, True, where), Verdict(pair.prompt, pair.rejected, False, where)]
 
     return reader
 
@@ -176,7 +139,7 @@ def _prompt_part(turns: tuple[Message, ...]) -> Prompt:
 def _conversation(read: Callable[[Row], tuple[Message, ...]], *used: str) -> dict[Data, Reader]:
     return {
         "demonstration": lambda row, where: [Demonstration(rows.conversation(read(row)), None, where)],
-        "task": _as_task(lambda row: _prompt_part(read(row)), *used),
+        "task": as_task(lambda row: _prompt_part(read(row)), *used),
     }
 
 
@@ -192,54 +155,55 @@ def _either(row: Row) -> Prompt:
     return _prompt_part(_messages(row)) if "messages" in row and "prompt" not in row else rows.prompt(row)
 
 
-def _needs(*sets: str) -> tuple[frozenset[str], ...]:
-    return tuple(frozenset(s.split()) for s in sets)
+_PROMPT = as_task(rows.prompt, "prompt")
+_EITHER = as_task(_either, "prompt", "messages")
+_IMPLICIT = as_task(lambda row: implicit_prompt(row, "")[0].prompt, "chosen", "rejected")
 
-
-_PROMPT = _as_task(rows.prompt, "prompt")
-_EITHER = _as_task(_either, "prompt", "messages")
-_IMPLICIT = _as_task(lambda row: implicit_prompt(row, "")[0].prompt, "chosen", "rejected")
-
-_ALPACA = _as_task(alpaca_messages, "instruction", "input", "system", "history")
-_SCORES = frozenset({"margin", "chosen_score", "score_chosen", "rejected_score", "score_rejected"})
+_ALPACA = as_task(rows.alpaca_messages, "instruction", "input", "system", "history")
+(_EXTRA,) = columns("margin chosen_score score_chosen rejected_score score_rejected target chosen_safe rejected_safe")
 _TOOLS = frozenset({"system", "tools"})
-_TURNS = _as_task(lambda row: rows.chat_prompt(rows.turns(row)), "conversations", "system", "tools")
+_TURNS = as_task(lambda row: rows.chat_prompt(rows.turns(row)), "conversations", "system", "tools")
 
 FORMATS = {
     f.name: f
     for f in (
-        Format("text", _needs("text"), {"demonstration": plain_text}, "plain text, all of it trained"),
-        Format("prompt_completion", _needs("prompt completion"), {"demonstration": prompt_completion, "task": _PROMPT},
+        Format("text", columns("text"), {"demonstration": plain_text}, "plain text, all of it trained"),
+        Format("prompt_completion", columns("prompt completion"), {"demonstration": prompt_completion, "task": _PROMPT},
                "a prompt and its completion: text, or messages"),
-        Format("messages", _needs("messages"), _conversation(_messages, "messages"),
+        Format("messages", columns("messages"), _conversation(_messages, "messages"),
                "a list of {role, content}; every assistant turn is trained"),
-        Format("sharegpt", _needs("conversations"), _conversation(rows.turns, "conversations", "system", "tools"),
+        Format("sharegpt", columns("conversations"), _conversation(rows.turns, "conversations", "system", "tools"),
                "a list of {from, value}, with optional system and tools", optional=_TOOLS),
-        Format("alpaca", _needs("instruction output"), {"demonstration": alpaca, "task": _ALPACA},
+        Format("alpaca", columns("instruction output"), {"demonstration": alpaca, "task": _ALPACA},
                "instruction, input, output, system, history", optional=frozenset({"input", "system", "history"})),
-        Format("preference", _needs("prompt chosen rejected"), _pairs(preference, _PROMPT),
-               "a prompt with a chosen and a rejected completion", optional=_SCORES),
-        Format("sharegpt_preference", _needs("conversations chosen rejected"), _pairs(sharegpt_preference, _TURNS),
-               "conversations with a chosen and a rejected {from, value}", optional=_SCORES | _TOOLS),
-        Format("implicit_prompt", _needs("chosen rejected"), _pairs(implicit_prompt, _IMPLICIT),
-               "two whole conversations that differ in the last answer", optional=_SCORES),
-        Format("verdict", _needs("prompt completion label", "messages label"), {"verdict": verdict, "task": _EITHER},
+        Format("preference", columns("prompt chosen rejected"), _pairs(preference, _PROMPT),
+               "a prompt with a chosen and a rejected completion", optional=_EXTRA),
+        Format("sharegpt_preference", columns("conversations chosen rejected"), _pairs(sharegpt_preference, _TURNS),
+               "conversations with a chosen and a rejected {from, value}", optional=_EXTRA | _TOOLS),
+        Format("implicit_prompt", columns("chosen rejected"), _pairs(implicit_prompt, _IMPLICIT),
+               "two whole conversations that differ in the last answer", optional=_EXTRA),
+        Format("verdict", columns("prompt completion label", "messages label"), {"verdict": verdict, "task": _EITHER},
                "one completion with a true/false label"),
-        Format("scored", _needs("prompt completion score"), {"comparison": scored, "task": _PROMPT},
-               "completions with scores; rows of one prompt are paired best with worst",
-               {"comparison": pair_by_score, "task": one_task_a_prompt}),
-        Format("prompt", _needs("prompt"), {"task": _EITHER}, "only a prompt; other columns go to the rewards"),
+        Format("scored", columns("prompt completion score"),
+               {"comparison": scored, "ranking": scored, "rated": scored, "task": _PROMPT},
+               "completions with scores; rows of one prompt make a ranking, or pairs of best with worst",
+               {"comparison": lambda found, _: Finished(*pair_by_score(found)),
+                "ranking": lambda found, _: Finished(*rank_by_score(found)),
+                "task": lambda found, _: Finished(*one_task_a_prompt(found))}),
+        *formats_ranked.FORMATS,
+        *formats_steps.FORMATS,
+        Format("prompt", columns("prompt"), {"task": _EITHER}, "only a prompt; other columns go to the rewards"),
     )
 }  # fmt: skip
 
 
-def detect(columns: Iterable[str], kind: Data, where: str) -> Format:
+def detect(names: Iterable[str], kind: Data, where: str) -> Format:
     """The one format that gives this kind of example and has all its columns here; the one that uses more columns when
     one needs a part of what the other needs.
 
     Raises DataError, with the columns found, when none or several fit.
     """
-    found = set(columns)
+    found = set(names)
     fits = {f.name: m for f in FORMATS.values() if kind in f.gives and (m := f.match(found)) is not None}
     best = [name for name, used in fits.items() if not any(used < other for other in fits.values())]
     if len(best) == 1:

@@ -10,17 +10,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cli.catalog import OBJECTIVES, Data
+from rlhf_cli.catalog import OBJECTIVES, Data, Need
 from rlhf_cli.data import formats, sources
-from rlhf_cli.data.examples import Comparison, Example
-from rlhf_cli.data.formats import Format
+from rlhf_cli.data.examples import Example
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.reading import Finished, Format, Wanted
 from rlhf_cli.data.report import DataReport, SourceReport, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.suited import suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
-from rlhf_cli.errors import DataError, Problem, did_you_mean
-from rlhf_cli.recipe.schema import DataSettings, Recipe, SFTDataSettings, SourceSettings
+from rlhf_cli.errors import DataError, Problem
+from rlhf_cli.recipe.schema import (
+    DataSettings,
+    Recipe,
+    RewardDataSettings,
+    SFTDataSettings,
+    SourceSettings,
+    terms_of,
+)
 
 OnBadRow = Literal["error", "drop"]
 LISTED = 20
@@ -59,15 +67,15 @@ def load_examples(
     settings: Sequence[SourceSettings],
     kind: Data,
     on_bad_row: OnBadRow = "error",
-    needs_scores: bool = False,
+    wanted: Wanted = Wanted(),
     split: str = "train",
 ) -> tuple[Examples, DataReport]:
     """All examples of some sources.
 
-    `needs_scores`: a comparison without two scores, or with scores that contradict it, is a bad row. Raises DataError
-    for what cannot be read, for bad rows unless they are to be dropped, and when a source has no usable row.
+    An example without what `wanted` asks for is a bad row. Raises DataError for what cannot be read, for bad rows
+    unless they are to be dropped, and when a source has no usable row.
     """
-    read = [_read(one, kind, needs_scores, split) for one in settings]
+    read = [_read(one, kind, wanted, split) for one in settings]
     if on_bad_row == "error":
         _refuse([d for one in read for d in one.bad])
     for one in read:
@@ -77,20 +85,27 @@ def load_examples(
     source = np.repeat(np.arange(len(read), dtype=np.int32), [len(one.items) for one in read])
     return (
         Examples(items, source, [s.weight for s in settings]),
-        DataReport(tuple(one.report for one in read), warnings=tuple(joined_words(items, split))),
+        DataReport(
+            tuple(one.report for one in read),
+            warnings=(*(w for one in read for w in one.warnings), *joined_words(items, split)),
+        ),
     )
 
 
 def prepare(
-    data: DataSettings, kind: Data, template: Template, needs_scores: bool = False, max_length: int | None = None
+    data: DataSettings,
+    kind: Data,
+    template: Template,
+    needs: tuple[Need, ...] = (),
+    max_length: int | None = None,
 ) -> Prepared:
     """Train and eval data as samples. `max_length` stands for `data.max_length` (for tasks: the longest prompt).
 
-    Raises DataError as `load_examples` does, and when no sample of a split is left after truncation.
+    `needs`: those of the objective. Raises DataError as `load_examples` does, and when no sample of a split is left
+    after truncation.
     """
     limit = data.max_length if max_length is None else max_length
-    splits = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
-    loaded = {split: load_examples(s, kind, data.on_bad_row, needs_scores, split) for split, s in splits.items()}
+    loaded = _load(data, kind, needs)
     on_prompt = isinstance(data, SFTDataSettings) and data.train_on_prompt
     made = {
         split: tokenize(examples.items, template, limit, data.truncation, on_prompt)
@@ -116,21 +131,28 @@ def prepare(
 
 def check_data(recipe: Recipe) -> list[str]:
     """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as `prepare` does."""
-    kind, scores = data_needs(recipe)
-    splits = {"train": recipe.data.train} | ({"eval": recipe.data.eval} if recipe.data.eval else {})
-    loaded = {s: load_examples(v, kind, recipe.data.on_bad_row, scores, s) for s, v in splits.items()}
+    loaded = _load(recipe.data, *data_needs(recipe))
     items = {split: examples.items for split, (examples, _) in loaded.items()}
     lines = _merged([report for _, report in loaded.values()], items).lines()
     return [*lines, "lengths not checked: tokens are counted when the stage starts (try --dry-run)"]
 
 
-def data_needs(recipe: Recipe) -> tuple[Data, bool]:
-    """The kind of example a recipe trains on, and whether each needs scores."""
+def data_needs(recipe: Recipe) -> tuple[Data, tuple[Need, ...]]:
+    """The kind of example a recipe trains on, and what its objective, or the terms of its mix, need of each."""
     block: Any = getattr(recipe, "objective", None)
     if block is None:
-        return "task", False
-    objective = OBJECTIVES[block.name]
-    return objective.data, "scores" in objective.needs
+        return "task", ()
+    entries = [OBJECTIVES[term.name] for _, term in terms_of(block)]
+    return entries[0].data, tuple(dict.fromkeys(need for entry in entries for need in entry.needs))
+
+
+def _load(data: DataSettings, kind: Data, needs: tuple[Need, ...]) -> dict[str, tuple[Examples, DataReport]]:
+    """The examples of each split."""
+    wanted = Wanted(needs)
+    if isinstance(data, RewardDataSettings):
+        wanted = Wanted(needs, data.step_separator, data.segments, data.ratings)
+    splits = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
+    return {split: load_examples(s, kind, data.on_bad_row, wanted, split) for split, s in splits.items()}
 
 
 # --- one source ------------------------------------------------------------------------------------------
@@ -141,25 +163,25 @@ class _Read:
     items: list[Example]
     bad: list[Dropped]
     report: SourceReport
+    warnings: tuple[str, ...]
 
 
-def _read(settings: SourceSettings, kind: Data, needs_scores: bool, split: str) -> _Read:
+def _read(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> _Read:
     rows = sources.read(settings)
     head = list(itertools.islice(rows, LOOKED_AT))
     if not head:
         raise DataError("holds no rows", settings.path)
     columns = list(dict.fromkeys(c for _, row in head for c in row))
-    _check_columns(settings, columns)
+    sources.check_columns(settings, columns, [row for _, row in head])
     chosen = (
         formats.detect(columns, kind, settings.path)
         if settings.format == "auto"
         else formats.named(settings.format, kind, settings.path)
     )
     items, bad, count = _examples(itertools.chain(head, rows), chosen, kind)
-    items, left = chosen.finish[kind](items) if kind in chosen.finish else (items, [])
-    if needs_scores:
-        items, unscored = _with_scores(items)
-        bad += unscored
+    done = chosen.finish[kind](items, wanted) if kind in chosen.finish else Finished(items, [])
+    items, unfit, unused = suited(done.items, wanted)
+    bad += unfit
     report = SourceReport(
         split=split,
         path=settings.path,
@@ -171,20 +193,9 @@ def _read(settings: SourceSettings, kind: Data, needs_scores: bool, split: str) 
         weight=settings.weight,
         unused=() if kind == "task" else tuple(c for c in columns if c not in chosen.reads),
         digest=digest(items),
-        dropped=tally(bad + left),
+        dropped=tally(bad + done.dropped + unused),
     )
-    return _Read(items, bad, report)
-
-
-def _check_columns(settings: SourceSettings, columns: list[str]) -> None:
-    for ours, theirs in settings.columns.items():
-        if ours not in columns:
-            there = [settings.columns.get(c, c) for c in columns]
-            raise DataError(
-                f"no column '{theirs}' (wanted as {ours}); found: {', '.join(sorted(there)) or 'none'}",
-                settings.path,
-                did_you_mean(theirs, there) or "correct data.*.columns",
-            )
+    return _Read(items, bad, report, tuple(f"{split} {settings.path}: {w}" for w in done.warnings))
 
 
 def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tuple[list[Any], list[Dropped], int]:
@@ -199,21 +210,6 @@ def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tu
         except BadRow as error:
             bad.append(Dropped(str(error), where))
     return items, bad, count
-
-
-def _with_scores(items: list[Example]) -> tuple[list[Example], list[Dropped]]:
-    """The comparisons whose scores are there and agree with their labels, and the others."""
-    good: list[Example] = []
-    bad: list[Dropped] = []
-    for item in items:
-        scores = item.scores if isinstance(item, Comparison) else None
-        if scores is None:
-            bad.append(Dropped("no scores of chosen and rejected (chosen_score, rejected_score)", item.where))
-        elif scores[0] < scores[1]:
-            bad.append(Dropped("labels contradict scores: chosen has the lower one", item.where))
-        else:
-            good.append(item)
-    return good, bad
 
 
 def digest(items: Sequence[Example]) -> str:
@@ -262,7 +258,7 @@ def _report(
         for index, one in enumerate(report.sources):
             cut = _cut(examples, made[split], index)
             counted.append(replace(one, kept=one.kept - len(cut), dropped=one.dropped + tally(cut)))
-        tokens = token_report(split, made[split].samples, template.stop_ids, made[split].shortened)
+        tokens = token_report(split, made[split], template.stop_ids)
         reports.append(replace(report, sources=tuple(counted), tokens=(tokens,)))
     return _merged(reports, kept)
 

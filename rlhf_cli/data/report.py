@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.data.examples import Comparison, Demonstration, Example, Task
+from rlhf_cli.data.examples import Comparison, Demonstration, Example, Ranking, Steps, Task
 from rlhf_cli.data.grouping import Dropped
-from rlhf_cli.data.tokens import Sample
+from rlhf_cli.data.tokens import Tokenized
 
 NAMED = 50
 """How many places are listed for each reason; the counts are always exact."""
@@ -88,18 +88,23 @@ class TokenReport:
     """Tokens, each prompt counted once."""
     scored: int
     ended: float | None
-    """Share of the completions whose end token is scored."""
+    """Share of the completions whose end token is scored; None for steps, whose end tokens never are."""
     shortened: int
     """Samples that were cut to max_length."""
+    labels_cut: int = 0
+    """Step labels beyond the cuts."""
 
     def line(self) -> str:
         """One line for people."""
         parts = [f"{self.split}: {self.samples} samples, tokens min/mean/p95/max: prompt {self.prompt}"]
-        if self.completion is not None and self.ended is not None:
+        if self.completion is not None:
             parts += [f"completion {self.completion}", f"{self.total} in all, {self.scored} scored"]
-            parts += [f"end token scored in {100 * self.ended:.1f} % of completions"]
+        if self.ended is not None:
+            parts.append(f"end token scored in {100 * self.ended:.1f} % of completions")
         if self.shortened:
             parts.append(f"{self.shortened} cut to max_length")
+        if self.labels_cut:
+            parts.append(f"{self.labels_cut} step labels cut off")
         return ", ".join(parts)
 
 
@@ -152,10 +157,11 @@ def spread(lengths: Sequence[int]) -> Spread:
     return Spread(int(values.min()), float(values.mean()), int(p95), int(values.max()))
 
 
-def token_report(split: str, samples: Sequence[Sample], stop_ids: Sequence[int], shortened: int) -> TokenReport:
+def token_report(split: str, made: Tokenized, stop_ids: Sequence[int]) -> TokenReport:
     """Statistics of a split that is not empty."""
+    samples = made.samples
     completions = [c for s in samples for c in s.completions]
-    ended = [bool(c.scored[-1]) and int(c.ids[-1]) in stop_ids for c in completions]
+    ended = [bool(c.scored[-1]) and int(c.ids[-1]) in stop_ids for c in completions if c.labels is None]
     return TokenReport(
         split=split,
         samples=len(samples),
@@ -164,7 +170,8 @@ def token_report(split: str, samples: Sequence[Sample], stop_ids: Sequence[int],
         total=sum(len(s.prompt) for s in samples) + sum(len(c.ids) for c in completions),
         scored=sum(int(c.scored.sum()) for c in completions),
         ended=sum(ended) / len(ended) if ended else None,
-        shortened=shortened,
+        shortened=made.shortened,
+        labels_cut=made.labels_cut,
     )
 
 
@@ -197,7 +204,14 @@ def joined_words(items: Sequence[Example], split: str) -> list[str]:
 
 
 def first_completion(item: Example) -> str:
-    """The completion of an example, the chosen one of two; empty when there is none."""
-    if isinstance(item, Comparison):
-        return item.chosen
-    return "" if isinstance(item, Task) else item.completion or ""
+    """The completion of an example, the first one of several, its first step; empty when there is none."""
+    match item:
+        case Comparison():
+            return item.chosen
+        case Ranking():
+            return item.completions[0]
+        case Steps():
+            return item.steps[0]
+        case Task():
+            return ""
+    return item.completion or ""

@@ -14,6 +14,8 @@ from rlhf_cli.data.examples import Message, Prompt
 
 Row: TypeAlias = Mapping[str, Any]
 
+TEXTS = ("text", "completion", "response", "solution", "content", "answer")
+"""Where an object may carry the text of a completion."""
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -67,12 +69,28 @@ def number(row: Row, *columns: str) -> float | None:
     return None
 
 
-def label(row: Row) -> bool:
-    """The verdict of a row: true or false, or 0 or 1."""
-    value = row.get("label")
+def truth(row: Row, column: str) -> bool:
+    """The verdict in a column: true or false, or 0 or 1."""
+    value = row.get(column)
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
-    raise BadRow("no 'label'" if value is None else "'label' is neither true nor false")
+    raise BadRow(f"no '{column}'" if value is None else f"'{column}' is neither true nor false")
+
+
+def both(row: Row, first: str, second: str) -> tuple[bool, bool] | None:
+    """The verdicts in two columns, None unless both are there."""
+    if row.get(first) is None or row.get(second) is None:
+        return None
+    return truth(row, first), truth(row, second)
+
+
+def items(row: Row, column: str) -> list[Any]:
+    """The list in a column."""
+    if row.get(column) is None:
+        raise BadRow(f"no '{column}'")
+    if not isinstance(row[column], list):
+        raise BadRow(f"'{column}' is {kind_of(row[column])}, not a list")
+    return row[column]
 
 
 def filled(value: str, what: str) -> str:
@@ -163,6 +181,18 @@ def prompt(row: Row, column: str = "prompt") -> Prompt:
     return filled(text(row, column), "prompt")
 
 
+def alpaca_messages(row: Row) -> tuple[Message, ...]:
+    """System, earlier turns (`history`, pairs of user and assistant) and the instruction with its input below it."""
+    system, extra = optional_text(row, "system"), optional_text(row, "input")
+    found = [Message("system", system)] if system else []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+            raise BadRow("'history' is not a list of [user, assistant] pairs")
+        found += [Message("user", pair[0]), Message("assistant", pair[1])]
+    ask = filled(text(row, "instruction"), "prompt")
+    return *found, Message("user", f"{ask}\n{extra}" if extra else ask)
+
+
 def answers(row: Row, *columns: str) -> tuple[Prompt, tuple[str, ...]]:
     """The prompt of a row and the completions in these columns. A completion is text, an assistant message, or a list
     of messages that is one assistant message, with or without the prompt's messages before it. Text becomes chat (the
@@ -178,10 +208,42 @@ def _answer(row: Row, column: str, asked: Prompt) -> str:
     value = row.get(column)
     if not isinstance(value, (list, dict)):
         return text(row, column)
+    return _said(value, column, asked)
+
+
+def _said(value: list[Any] | dict[str, Any], column: str, asked: Prompt) -> str:
+    """The text of a completion given as messages, those of the prompt before it or not."""
     said = messages([value] if isinstance(value, dict) else value, column)
     if isinstance(asked, tuple) and said[: len(asked)] == asked:
         said = said[len(asked) :]
     return only_answer(said, column)
+
+
+def several_answers(row: Row) -> tuple[Prompt, tuple[str, ...]]:
+    """The prompt of a row (`prompt`, or an alpaca `instruction`) and its `completions`: texts, messages, or objects
+    that carry their text under one of TEXTS."""
+    asked = prompt(row) if "prompt" in row else alpaca_messages(row)
+    found = items(row, "completions")
+    if isinstance(asked, str) and any(_is_message(v) for v in found):
+        asked = (Message("user", asked),)
+    return asked, tuple(filled(_one_of_several(v, asked), "completion") for v in found)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and "role" in value)
+
+
+def _one_of_several(value: Any, asked: Prompt) -> str:
+    if _is_message(value):
+        return _said(value, "completions", asked)
+    if isinstance(value, dict):
+        key = next((k for k in TEXTS if value.get(k) is not None), None)
+        if key is None:
+            raise BadRow(f"a completion without a text (one of {', '.join(TEXTS)})")
+        return text(value, key)
+    if not isinstance(value, str):
+        raise BadRow(f"a completion is {kind_of(value)}, not text")
+    return value
 
 
 def only_answer(said: tuple[Message, ...], column: str) -> str:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -66,11 +66,48 @@ def _sibling(path: Path) -> str:
 
 
 def _rename(rows: Iterable[Located], source: SourceSettings) -> Iterator[Located]:
-    yours = set(source.columns.values())
     for where, row in rows:
-        renamed = {k: v for k, v in row.items() if k not in yours}
-        renamed.update({ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row})
-        yield where, renamed
+        used: set[str] = set()
+        given: dict[str, Any] = {}
+        for ours, theirs in source.columns.items():
+            names = [theirs] if isinstance(theirs, str) else theirs
+            values = [_value(row, name) for name in names]
+            if ABSENT not in values:
+                used.update(names)
+                given[ours] = values[0] if isinstance(theirs, str) else values
+        yield where, {k: v for k, v in row.items() if k not in used} | given
+
+
+ABSENT = object()
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    """What is in a column, or at the end of a path `column.key.key` into its objects; ABSENT when there is none."""
+    if name in row or "." not in name:
+        return row.get(name, ABSENT)
+    found: Any = row
+    for key in name.split("."):
+        found = found.get(key, ABSENT) if isinstance(found, dict) else ABSENT
+    return found
+
+
+def check_columns(source: SourceSettings, columns: list[str], head: Sequence[Mapping[str, Any]]) -> None:
+    """Whether the columns that were asked for are there. `columns` and `head` have them renamed already."""
+    known = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in source.columns.items()}
+    there = [theirs for c in columns for theirs in known.get(c, [c])]
+    for ours, theirs in known.items():
+        if ours in columns:
+            continue
+        missing = next((name for name in theirs if name not in there), theirs[0])
+        found = f"found: {', '.join(sorted(there)) or 'none'}"
+        root = missing.partition(".")[0]
+        keys = dict.fromkeys(key for row in head if isinstance(row.get(root), dict) for key in row[root])
+        if root != missing and root in there:
+            found += f"; '{root}' holds {', '.join(sorted(keys)) or 'no objects'}"
+        raise DataError(
+            f"no column '{missing}' (wanted as {ours}); {found}", source.path,
+            did_you_mean(missing, [*there, *(f"{root}.{key}" for key in keys)]) or "correct data.*.columns",
+        )  # fmt: skip
 
 
 # --- files -----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,15 +21,15 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from rlhf_cli.data.encoder import Encoder, load_encoder
 from rlhf_cli.data.examples import Message, Prompt
+from rlhf_cli.data.rendering import answers, continuation, ending, render, spellings
 from rlhf_cli.errors import DataError, ModelError, RecipeError, did_you_mean
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
 
 NO_TEMPLATE = "the tokenizer has no chat template, and the data are chat messages"
 NO_TEMPLATE_HINT = "give model.chat_template, or use prompt/completion text"
-FIXED_DATE = datetime(2024, 7, 26)
-"""What a template that asks for today's date is told, so that the same recipe gives the same tokens on every day."""
-MARK = "\U000ffffd"
+CHANGED = "the chat template changes the text of an assistant turn"
+CHANGED_HINT = "it must write the content as it is, or stripped"
 PRIVATE = range(0xF0000, 0xFFFFD)
 
 
@@ -61,7 +61,7 @@ class Template:
             return [*self.encoder.first, *(self.encoder.literal(prompt, self.encoder.first) if prompt else [])]
         protected, hidden = self._protect(prompt)
         text = self._render(protected, True, where)
-        starts = {i: self._render(protected[:i], True, where) for i in _answers(prompt)}
+        starts = {i: self._render(protected[:i], True, where) for i in answers(prompt)}
         return self._joined(
             text, {i: len(s) for i, s in starts.items() if text.startswith(s)}, protected, hidden, where
         )[0]
@@ -73,17 +73,40 @@ class Template:
             return ids, [True] * len(ids)
         protected, hidden = self._protect((*prompt, Message("assistant", completion)))
         start, whole = (self._render(protected[:-1], True, where), self._render(protected, False, where))
-        turn = _after(whole, start, where)
+        turn = continuation(whole, start, where)
         ids, scored = self._turn(turn, protected[-1].content, True, hidden, self._before(prompt, where), where)
         length = sum(scored)
         return ids[:length], scored[:length]
+
+    def pieces_ids(self, prompt: Prompt, pieces: Sequence[str], where: str = "") -> tuple[list[int], list[int]]:
+        """A completion that comes in pieces, each tokenised by itself as the text that goes on after those before it,
+        and its end token; and the number of tokens up to the end of each piece. A template that strips completions
+        strips the first and the last piece."""
+        if isinstance(prompt, str):
+            ids, ends = self._one_by_one(pieces, None, self._before(prompt))
+            return [*ids, self.eos_id], ends
+        protected, hidden = self._protect((*prompt, *(Message("assistant", piece) for piece in pieces)))
+        asked, parts = protected[: len(prompt)], [m.content for m in protected[len(prompt) :]]
+        content = "".join(parts)
+        start = self._render(asked, True, where)
+        text = continuation(self._render([*asked, Message("assistant", content)], False, where), start, where)
+        written = next((c for c in spellings(content) if c in text), None)
+        if written is None:
+            raise DataError(CHANGED, where, CHANGED_HINT)
+        first, stripped = text.rfind(written), content.find(written)
+        cuts = [0]
+        for total in accumulate(len(part) for part in parts):
+            cuts.append(first + min(max(total - stripped, 0), len(written)))
+        ids, ends = self._one_by_one([text[a:b] for a, b in pairwise(cuts)], hidden, self._before(prompt, where))
+        tail = re.match(r"\s*" + re.escape(self.end_text), text[cuts[-1] :]) if self.end_text else None
+        return [*ids, *(self._encode(tail[0], hidden, ids) if tail else [self.eos_id])], ends
 
     def conversation(self, messages: Sequence[Message], where: str = "") -> tuple[list[int], list[bool]]:
         """A whole conversation, every assistant turn and its end token scored."""
         protected, hidden = self._protect(messages)
         whole = self._render(protected, False, where)
-        starts = {i: self._render(protected[:i], True, where) for i in _answers(messages)}
-        cuts = {i: len(whole) - len(_after(whole, start, where)) for i, start in starts.items()}
+        starts = {i: self._render(protected[:i], True, where) for i in answers(messages)}
+        cuts = {i: len(whole) - len(continuation(whole, start, where)) for i, start in starts.items()}
         return self._joined(whole, cuts, protected, hidden, where)
 
     def header_length(self, prompt: Prompt, where: str = "") -> int:
@@ -93,7 +116,7 @@ class Template:
             return 0
         protected, hidden = self._protect(prompt)
         text = self._render(protected, True, where)
-        found = [(at, c) for c in _forms(protected[-1].content) if (at := text.rfind(c)) >= 0]
+        found = [(at, c) for c in spellings(protected[-1].content) if (at := text.rfind(c)) >= 0]
         if not found:
             return len(self.prompt_ids(prompt, where))
         at, content = found[0]
@@ -169,19 +192,29 @@ class Template:
                 out += self.encoder.literal(hidden[piece], out) if piece in hidden else self.encoder.ids(piece, out)
         return out[len(before) :]
 
+    def _one_by_one(
+        self, pieces: Sequence[str], hidden: dict[str, str] | None, before: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """The ids of consecutive pieces of text, and the number of them up to the end of each; plain text without a
+        table of hidden tokens."""
+        out, ends = list(before), []
+        for piece in pieces:
+            out += self.encoder.literal(piece, out) if hidden is None else self._encode(piece, hidden, out)
+            ends.append(len(out) - len(before))
+        return out[len(before) :], ends
+
     def _turn(
         self, text: str, content: str, last: bool, hidden: dict[str, str], before: Sequence[int], where: str
     ) -> tuple[list[int], list[bool]]:
         """From the first character of an assistant turn on: scored up to its end token. A last turn without an end
         token gets EOS."""
         ids = self._encode(text, hidden, before)
-        written = [c for c in _forms(content) if c in text]
+        written = [c for c in spellings(content) if c in text]
         if self.end_id in ids and (not written or any(self._ends(text, c) for c in written)):
             length = ids.index(self.end_id) + 1
             return ids, [i < length for i in range(len(ids))]
         if not written:
-            raise DataError("the chat template changes the text of an assistant turn", where,
-                            "it must write the content as it is, or stripped")  # fmt: skip
+            raise DataError(CHANGED, where, CHANGED_HINT)
         stop = (text.rfind(written[0]) if last else text.find(written[0])) + len(written[0])
         ids = self._encode(text[:stop], hidden, before)
         if last:
@@ -192,42 +225,6 @@ class Template:
     def _ends(self, text: str, content: str) -> bool:
         """Whether the end token follows the content. A template may write one for other turns only."""
         return re.search(re.escape(content) + r"\s*" + re.escape(self.end_text), text) is not None
-
-
-def _answers(messages: Sequence[Message]) -> list[int]:
-    """Where the assistant speaks."""
-    return [i for i, m in enumerate(messages) if m.role == "assistant"]
-
-
-def _forms(content: str) -> list[str]:
-    """How a template may write a content: as it is, or stripped."""
-    return [c for c in (content, content.rstrip(), content.lstrip(), content.strip()) if c]
-
-
-def _after(whole: str, start: str, where: str) -> str:
-    if not whole.startswith(start):
-        raise DataError(
-            "the chat template renders the messages before an answer differently once the answer is there, "
-            "so training would not see what generation sees", where, "give another model.chat_template"
-        )  # fmt: skip
-    return whole[len(start) :]
-
-
-def render(tokenizer: Any, chat: str, messages: Sequence[Message], ask: bool) -> str:
-    """The text of a conversation; `ask`: with the header of the assistant's next turn."""
-    return tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in messages],
-        chat_template=_dated(chat),
-        add_generation_prompt=ask,
-        tokenize=False,
-    )
-
-
-@lru_cache
-def _dated(chat: str) -> str:
-    """The template with calls for today's date answered by FIXED_DATE."""
-    call = r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)"""
-    return re.sub(call, lambda found: repr(FIXED_DATE.strftime(found[2])), chat)
 
 
 def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Sequence[int] = ()) -> Template:
@@ -243,7 +240,7 @@ def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Seq
     end_text = ""
     if chat is not None:
         try:
-            end_text = _end_text(tokenizer, chat)
+            end_text = ending(tokenizer, chat)
         except TemplateSyntaxError as error:
             kind = ModelError if chat_template is None else RecipeError
             raise kind(f"the chat template is not valid Jinja: {error}", "model.chat_template") from None
@@ -278,20 +275,3 @@ def _given(chat_template: str) -> str:
         return path.read_text(encoding="utf-8")
     near = did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
     raise RecipeError(f"no such file: {chat_template}", "model.chat_template", near or "give a file or Jinja text")
-
-
-def _end_text(tokenizer: Any, chat: str) -> str:
-    """The first added token that the template writes after an assistant's content; empty when there is none, or when
-    it refuses a plain dialogue."""
-    for start in ([], [Message("system", "s")]):
-        messages = [*start, Message("user", "q"), Message("assistant", MARK)]
-        try:
-            tail = render(tokenizer, chat, messages, False).rpartition(MARK)[2]
-        except TemplateSyntaxError:
-            raise
-        except TemplateError:
-            continue
-        tokens = [t.content for t in tokenizer.added_tokens_decoder.values()]
-        found = [(at, -len(t), t) for t in tokens if t and (at := tail.find(t)) >= 0]
-        return min(found)[2] if found else ""
-    return ""

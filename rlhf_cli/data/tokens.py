@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cli.data.examples import Comparison, Demonstration, Example, Task, Verdict
+from rlhf_cli.data.examples import Comparison, Demonstration, Example, Ranking, Rated, Steps, Task, Verdict
 from rlhf_cli.data.template import Template
 from rlhf_cli.errors import DataError
 
@@ -19,6 +21,9 @@ TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "nothing left to train on after truncation"
 CUT_ALIKE = "chosen and rejected are the same after truncation"
 ALIKE = "chosen and rejected have the same tokens"
+RANKED_ALIKE = "completions with different scores have the same tokens"
+RANKED_CUT_ALIKE = "completions with different scores are the same after truncation"
+NO_STEP_LEFT = "no labelled step left after truncation"
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,10 @@ class Completion:
     """What follows a prompt."""
 
     ids: np.ndarray  # (L,) int32
-    scored: np.ndarray  # (L,) bool, tokens an objective counts, the end token included
+    scored: np.ndarray  # (L,) bool, tokens an objective counts, the end token included; of steps the last token of each
+    gold: float = math.nan
+    """Its score in the data; nan: unknown."""
+    labels: np.ndarray | None = None  # (scored tokens,) float32, of steps: the label of each
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,11 @@ class Sample:
 
     prompt: np.ndarray  # (P,) int32
     completions: tuple[Completion, ...]
-    """None for a task, one for a demonstration or verdict, chosen and rejected for a comparison."""
+    """None for a task, one for a demonstration, verdict, rated completion or steps, chosen and rejected for a
+    comparison, all of a ranking."""
     numbers: dict[str, float]
-    """`margin`, and `chosen_score` and `rejected_score` when known; `desirable` (1 or 0)."""
+    """Of a comparison `margin`, `target`, and when known `chosen_score`, `rejected_score`, `chosen_safe` and
+    `rejected_safe` (1 or 0); of a verdict `desirable` (1 or 0)."""
     where: str
 
 
@@ -53,10 +63,12 @@ class Tokenized:
     """Index of each example left out, and the reason."""
     shortened: int = 0
     """How many of the samples were cut."""
+    labels_cut: int = 0
+    """How many step labels lay beyond the cuts."""
 
 
-class _TooLong(Exception):
-    """Why a sample cannot be cut to size."""
+class _Unfit(Exception):
+    """Why an example makes no sample."""
 
 
 def tokenize(
@@ -72,20 +84,25 @@ def tokenize(
     before the completion stays. `right` cuts the end of the completions. Raises DataError, with the row, when the chat
     template refuses a conversation or there is none.
     """
-    samples, kept, dropped, shortened = [], [], [], 0
+    samples, kept, dropped, shortened, labels_cut = [], [], [], 0, 0
     for index, example in enumerate(examples):
-        sample = to_sample(example, template)
-        fits = length(sample) <= max_length
+        whole = to_sample(example, template)
+        fits = length(whole) <= max_length
         try:
-            sample = sample if fits else _cut(sample, example, template, max_length, truncation)
-            _check_pair(sample, fits)
-        except _TooLong as reason:
+            sample = whole if fits else _cut(whole, example, template, max_length, truncation)
+            _check_different(sample, fits)
+        except _Unfit as reason:
             dropped.append((index, str(reason)))
             continue
         samples.append(score_all(sample) if train_on_prompt else sample)
         kept.append(index)
         shortened += not fits
-    return Tokenized(samples, np.array(kept, dtype=np.int64), dropped, shortened)
+        labels_cut += _labels(whole) - _labels(sample)
+    return Tokenized(samples, np.array(kept, dtype=np.int64), dropped, shortened, labels_cut)
+
+
+def _labels(sample: Sample) -> int:
+    return sum(len(c.labels) for c in sample.completions if c.labels is not None)
 
 
 def length(sample: Sample) -> int:
@@ -117,9 +134,11 @@ def _demonstration(example: Demonstration, template: Template) -> Sample:
 
 @to_sample.register
 def _comparison(example: Comparison, template: Template) -> Sample:
-    numbers = {"margin": example.margin}
+    numbers = {"margin": example.margin, "target": example.target}
     if example.scores is not None:
         numbers |= {"chosen_score": example.scores[0], "rejected_score": example.scores[1]}
+    if example.safety is not None:
+        numbers |= {"chosen_safe": float(example.safety[0]), "rejected_safe": float(example.safety[1])}
     return _answered(example, (example.chosen, example.rejected), numbers, template)
 
 
@@ -129,12 +148,49 @@ def _verdict(example: Verdict, template: Template) -> Sample:
 
 
 @to_sample.register
+def _ranking(example: Ranking, template: Template) -> Sample:
+    sample = _answered(example, example.completions, {}, template)
+    completions = (replace(c, gold=s) for c, s in zip(sample.completions, example.scores, strict=True))
+    return replace(sample, completions=tuple(completions))
+
+
+@to_sample.register
+def _rated(example: Rated, template: Template) -> Sample:
+    sample = _answered(example, (example.completion,), {}, template)
+    return replace(sample, completions=(replace(sample.completions[0], gold=example.score),))
+
+
+@to_sample.register
+def _steps(example: Steps, template: Template) -> Sample:
+    ids, ends = template.pieces_ids(example.prompt, example.steps, example.where)
+    # A piece that a template strips away has no token of its own.
+    starts = [0, *ends[:-1]]
+    labelled = {
+        end - 1: label
+        for start, end, label in zip(starts, ends, example.labels, strict=True)
+        if label is not None and end > start
+    }
+    if not labelled:
+        raise DataError("no labelled step has a token", example.where)
+    completion = Completion(
+        _ids(ids),
+        np.array([i in labelled for i in range(len(ids))], dtype=bool),
+        labels=np.array([labelled[i] for i in sorted(labelled)], dtype=np.float32),
+    )
+    prompt = _ids(template.prompt_ids(example.prompt, example.where))
+    return Sample(prompt, (completion,), {}, example.where)
+
+
+@to_sample.register
 def _task(example: Task, template: Template) -> Sample:
     return _answered(example, (), {}, template)
 
 
 def _answered(
-    example: Comparison | Verdict | Task, completions: tuple[str, ...], numbers: dict[str, float], template: Template
+    example: Comparison | Verdict | Ranking | Rated | Task,
+    completions: tuple[str, ...],
+    numbers: dict[str, float],
+    template: Template,
 ) -> Sample:
     made = (_completion(*template.completion_ids(example.prompt, c, example.where)) for c in completions)
     return Sample(_ids(template.prompt_ids(example.prompt, example.where)), tuple(made), numbers, example.where)
@@ -158,12 +214,12 @@ def score_all(sample: Sample) -> Sample:
 
 
 def _cut(sample: Sample, example: Example, template: Template, max_length: int, truncation: Truncation) -> Sample:
-    """The sample cut to `max_length`. Raises _TooLong when that leaves nothing."""
+    """The sample cut to `max_length`. Raises _Unfit when that leaves nothing."""
     return CUTS[truncation](sample, example, template, max_length)
 
 
 def _drop(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
-    raise _TooLong(TOO_LONG)
+    raise _Unfit(TOO_LONG)
 
 
 def _left(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
@@ -173,9 +229,9 @@ def _left(sample: Sample, example: Example, template: Template, max_length: int)
     removable = len(sample.prompt) - first - header
     # A prompt without BOS and header keeps one token: it predicts the completion.
     if surplus > removable - (first + header == 0):
-        raise _TooLong(TOO_LONG)
+        raise _Unfit(TOO_LONG)
     prompt = np.concatenate([sample.prompt[:first], sample.prompt[first + surplus :]])
-    return Sample(prompt, sample.completions, sample.numbers, sample.where)
+    return replace(sample, prompt=prompt)
 
 
 def _header(sample: Sample, example: Example, template: Template) -> int:
@@ -190,10 +246,19 @@ def _header(sample: Sample, example: Example, template: Template) -> int:
 
 def _right(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
     room = max(0, max_length - len(sample.prompt))
-    cut = tuple(Completion(c.ids[:room], c.scored[:room]) for c in sample.completions)
-    if not cut or not all(c.scored.any() for c in cut):
-        raise _TooLong(NOTHING_LEFT if cut else TOO_LONG)
-    return Sample(sample.prompt, cut, sample.numbers, sample.where)
+    cut = tuple(_first(c, room) for c in sample.completions)
+    if not cut:
+        raise _Unfit(TOO_LONG)
+    if not all(c.scored.any() for c in cut):
+        raise _Unfit(NOTHING_LEFT if cut[0].labels is None else NO_STEP_LEFT)
+    return replace(sample, completions=cut)
+
+
+def _first(completion: Completion, count: int) -> Completion:
+    """A completion's first tokens."""
+    scored = completion.scored[:count]
+    labels = None if completion.labels is None else completion.labels[: int(scored.sum())]
+    return replace(completion, ids=completion.ids[:count], scored=scored, labels=labels)
 
 
 CUTS: dict[Truncation, Callable[[Sample, Example, Template, int], Sample]] = {
@@ -203,6 +268,10 @@ CUTS: dict[Truncation, Callable[[Sample, Example, Template, int], Sample]] = {
 }
 
 
-def _check_pair(sample: Sample, whole: bool) -> None:
-    if len(sample.completions) == 2 and np.array_equal(sample.completions[0].ids, sample.completions[1].ids):
-        raise _TooLong(ALIKE if whole else CUT_ALIKE)
+def _check_different(sample: Sample, whole: bool) -> None:
+    """Completions that are compared must differ; those of a ranking may be the same at the same score."""
+    for one, other in combinations(sample.completions, 2):
+        if np.array_equal(one.ids, other.ids) and one.gold != other.gold:
+            if math.isnan(one.gold):
+                raise _Unfit(ALIKE if whole else CUT_ALIKE)
+            raise _Unfit(RANKED_ALIKE if whole else RANKED_CUT_ALIKE)

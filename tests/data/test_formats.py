@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.data.examples import Comparison, Demonstration, Message, Task, Verdict
+from rlhf_cli.data.examples import Comparison, Demonstration, Message, Rated, Task, Verdict
 from rlhf_cli.data.formats import FORMATS, detect, named
-from rlhf_cli.data.grouping import Scored, one_task_a_prompt, pair_by_score
+from rlhf_cli.data.grouping import one_task_a_prompt, pair_by_score
 from rlhf_cli.data.rows import BadRow
 from rlhf_cli.errors import DataError
+from tests.data import test_formats_ranked, test_formats_steps
 
 W = "f:1"
 U, A, S, T = (lambda t, r=r: Message(r, t) for r in ("user", "assistant", "system", "tool"))
@@ -144,7 +145,7 @@ CASES: list[tuple[str, str, dict[str, Any], list[Any]]] = [
         {"messages": [user("q"), assistant("a")], "label": True},
         [Verdict((U("q"),), "a", True, W)],
     ),
-    ("scored", "comparison", {"prompt": "q", "completion": "a", "score": 1}, [Scored("q", "a", 1.0, W)]),
+    ("scored", "comparison", {"prompt": "q", "completion": "a", "score": 1}, [Rated("q", "a", 1.0, W)]),
     ("prompt", "task", {"prompt": "q", "answer": 4}, [Task("q", W, {"answer": 4})]),
     ("prompt", "task", {"messages": [user("q")], "answer": 4}, [Task((U("q"),), W, {"answer": 4})]),
 ]
@@ -156,7 +157,7 @@ def test_each_format_reads_its_rows(name: str, kind: str, row: dict[str, Any], e
 
 
 def test_every_format_has_a_case() -> None:
-    assert {c[0] for c in CASES} == set(FORMATS)
+    assert {c[0] for c in (*CASES, *test_formats_ranked.CASES, *test_formats_steps.CASES)} == set(FORMATS)
 
 
 BAD: list[tuple[str, str, dict[str, Any], str]] = [
@@ -265,10 +266,10 @@ def test_misspelt_format() -> None:
 
 def test_scored_rows_pair_best_with_worst() -> None:
     rows = [
-        Scored("p", t, s, f"f:{i}")
+        Rated("p", t, s, f"f:{i}")
         for i, (t, s) in enumerate([("a", 1.0), ("b", 5.0), ("c", 3.0), ("d", 2.0), ("e", 4.0)], 1)
     ]
-    pairs, left = pair_by_score([*rows, Scored("q", "x", 1.0, "f:6"), Scored("q", "y", 1.0, "f:7")])
+    pairs, left = pair_by_score([*rows, Rated("q", "x", 1.0, "f:6"), Rated("q", "y", 1.0, "f:7")])
     assert [(c.chosen, c.rejected, c.scores, c.where) for c in pairs] == [
         ("b", "a", (5.0, 1.0), "f:2 with 1"),
         ("e", "d", (4.0, 2.0), "f:5 with 4"),
@@ -281,7 +282,7 @@ def test_scored_rows_pair_best_with_worst() -> None:
 
 
 def test_equal_completions_are_not_paired() -> None:
-    pairs, left = pair_by_score([Scored("p", "a", 1.0, "f:1"), Scored("p", "a", 2.0, "f:2")])
+    pairs, left = pair_by_score([Rated("p", "a", 1.0, "f:1"), Rated("p", "a", 2.0, "f:2")])
     assert pairs == []
     assert [d.reason for d in left] == ["same completion, other score"] * 2
 

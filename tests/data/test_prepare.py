@@ -4,18 +4,26 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_cli.data.examples import Comparison, Demonstration, Task, Verdict
+from rlhf_cli.data.examples import Comparison, Demonstration, Steps, Task, Verdict
 from rlhf_cli.data.grouping import Dropped
-from rlhf_cli.data.prepare import check_data, load_examples, prepare
+from rlhf_cli.data.prepare import check_data, data_needs, load_examples, prepare
+from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.report import spread, tally
 from rlhf_cli.data.template import load_template
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.schema import RECIPES, DataSettings, SFTDataSettings, SourceSettings
+from rlhf_cli.recipe.schema import (
+    RECIPES,
+    DataSettings,
+    RatingSettings,
+    RewardDataSettings,
+    SegmentSettings,
+    SFTDataSettings,
+    SourceSettings,
+)
 
 Write = Callable[..., str]
 
@@ -117,10 +125,10 @@ def test_scores_that_contradict_the_labels(jsonl: Write) -> None:
     examples, _ = load_examples([source(path)], "comparison")
     assert [e.scores for e in examples.items] == [(2, 1), (1, 2), None, None]
     with pytest.raises(DataError) as caught:
-        load_examples([source(path)], "comparison", needs_scores=True)
+        load_examples([source(path)], "comparison", wanted=Wanted(("scores",)))
     assert f"{path}:2: labels contradict scores" in str(caught.value)
     assert f"{path}:3: no scores of chosen and rejected" in str(caught.value)
-    examples, _ = load_examples([source(path)], "comparison", "drop", needs_scores=True)
+    examples, _ = load_examples([source(path)], "comparison", "drop", wanted=Wanted(("scores",)))
     assert [e.where for e in examples.items] == [f"{path}:1"]
 
 
@@ -229,6 +237,51 @@ def test_check_data_of_each_kind_of_recipe(jsonl: Write) -> None:
         check_data(recipe("sft", data={"train": pairs}))
 
 
+def test_what_a_recipe_needs(jsonl: Write) -> None:
+    path = jsonl(pair())
+
+    def needed(stage: str, objective: Any) -> Any:
+        return data_needs(recipe(stage, data={"train": path}, objective=objective))
+
+    assert needed("dpo", {"name": "odpo"}) == ("comparison", ("reference", "scores"))
+    assert needed("dpo", {"name": "rrhf"}) == ("ranking", ())
+    assert needed("train-rm", {"name": "bradley_terry"}) == ("comparison", ("target",))
+    assert needed("train-rm", {"name": "cost"}) == ("comparison", ("safety",))
+    assert needed("train-rm", {"name": "choice"}) == ("ranking", ("best",))
+    assert needed("train-rm", {"name": "step_labels"}) == ("steps", ())
+    mix = {"terms": [{"name": "dpo"}, {"name": "sft"}, {"name": "odpo"}]}
+    assert needed("dpo", mix) == ("comparison", ("reference", "scores"))
+    assert data_needs(recipe("ppo", data={"train": path}, rewards=[{"function": "f.py:f"}])) == ("task", ())
+
+
+def test_settings_reach_the_formats(jsonl: Write, qwen: Any) -> None:
+    template = load_template(qwen)
+    steps = jsonl({"prompt": "q ", "steps": ["a", "b"], "labels": [True, False]}, name="steps.jsonl")
+    made = prepare(RewardDataSettings(train=[source(steps)], step_separator=" ki"), "steps", template)
+    assert made.examples_train == [Steps("q ", ("a ki", "b ki"), (1.0, -1.0), f"{steps}:1")]
+    spans = jsonl({"prompt": "q ", "completion": "a. b", "errors": []}, name="spans.jsonl")
+    cut = RewardDataSettings(train=[source(spans)], segments=SegmentSettings(by="sentence"))
+    assert prepare(cut, "steps", template).examples_train == [Steps("q ", ("a.", " b"), (1.0, 1.0), f"{spans}:1")]
+    games = jsonl(
+        *({"prompt": p, "a": "x", "b": "y", "outcome": o} for p, o in (("q ", 1), ("r ", 1))), name="games.jsonl"
+    )
+    rated = RewardDataSettings(train=[source(games)], ratings=RatingSettings(target="minmax"))
+    made = prepare(rated, "rated", template)
+    assert [c.gold for s in made.train for c in s.completions] == pytest.approx([1, 0, 1, 0])
+    (warning,) = made.report.warnings
+    assert warning.startswith(f"train {games}: the games fall into 2 groups of completions that never met")
+
+
+def test_split_votes_are_only_for_objectives_that_read_the_target(jsonl: Write, qwen: Any) -> None:
+    rows = [{"prompt": "q ", "completions": ["a", "b"], "votes": v} for v in ([1, 2], [2, 2, 1], [0, 0])]
+    data = DataSettings(train=[source(jsonl(*rows))])
+    hard = prepare(data, "comparison", load_template(qwen))
+    assert [s.numbers["target"] for s in hard.train] == [pytest.approx(2 / 3)]
+    assert [str(r).split(" (")[0] for r in hard.report.sources[0].dropped] == ["neither completion is the better one"]
+    soft = prepare(data, "comparison", load_template(qwen), ("target",))
+    assert [s.numbers["target"] for s in soft.train] == pytest.approx([0.5, 2 / 3, 0.5])
+
+
 def test_checking_data_does_not_import_torch(jsonl: Write) -> None:
     path = jsonl(pair())
     code = (
@@ -239,25 +292,3 @@ def test_checking_data_does_not_import_torch(jsonl: Write) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-SCORES = {"completion": "text", "score": "reward"}
-REAL: list[tuple[str, Any, dict[str, str], str, int]] = [
-    ("imdb_scored.jsonl", "comparison", SCORES, "scored", 693),
-    ("imdb_scored.jsonl", "demonstration", {"completion": "text"}, "prompt_completion", 1392),
-    ("gsm8k_train.jsonl", "demonstration", {"prompt": "question", "completion": "answer"}, "prompt_completion", 2000),
-    ("gsm8k_train.jsonl", "task", {"prompt": "question"}, "prompt", 2000),
-    ("alpaca_en_demo.json", "demonstration", {}, "alpaca", 849),
-    ("dpo_en_demo.json", "comparison", {}, "sharegpt_preference", 201),
-    ("dpo_zh_demo.json", "verdict", {}, "sharegpt_preference", 390),
-    ("kto_en_demo.json", "verdict", {}, "verdict", 194),
-    ("glaive_toolcall_en_demo.json", "demonstration", {}, "sharegpt", 150),
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "columns", "format_", "kept"), REAL)
-def test_real_data(shared: Path, name: str, kind: Any, columns: dict[str, str], format_: str, kept: int) -> None:
-    settings = source(str(shared / "data" / name), columns=columns)
-    examples, report = load_examples([settings], kind, "drop", needs_scores=columns == SCORES)
-    assert len(examples.items) == kept
-    assert report.sources[0].format == format_

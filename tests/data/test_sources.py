@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.data.sources import looks_like_hub_id, read
+from rlhf_cli.data.sources import check_columns, looks_like_hub_id, read
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import SourceSettings
 
@@ -21,6 +21,12 @@ def problem(path: Path, **settings: Any) -> str:
     with pytest.raises(DataError) as caught:
         list(read(SourceSettings(path=str(path), **settings)))
     return str(caught.value).replace(str(path.parent) + "/", "")
+
+
+def put(folder: Path, *lines: str) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def test_jsonl_with_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
@@ -179,3 +185,48 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
     path.write_text('{"question": 1, "prompt": 2, "x": 3}\n')
     assert rows(path, columns={"prompt": "question"}) == [(":1", {"prompt": 1, "x": 3})]
     assert rows(path, columns={"prompt": "x", "x": "prompt"}) == [(":1", {"question": 1, "prompt": 3, "x": 2})]
+
+
+def test_several_columns_become_a_list(tmp_path: Path) -> None:
+    path = put(tmp_path, '{"one": 1, "two": 2, "x": 3}', '{"one": 1, "x": 3}')
+    assert rows(path, columns={"both": ["two", "one"]}) == [
+        (":1", {"x": 3, "both": [2, 1]}),
+        (":2", {"one": 1, "x": 3}),
+    ]
+
+
+def test_paths_lead_into_objects(tmp_path: Path) -> None:
+    path = put(tmp_path, '{"a": {"b": {"c": 1}}, "d.e": 2, "d": {"e": 3}}')
+    whole = {"a": {"b": {"c": 1}}, "d": {"e": 3}}
+    assert rows(path, columns={"x": "a.b.c"}) == [(":1", whole | {"d.e": 2, "x": 1})]
+    assert rows(path, columns={"x": "d.e"}) == [(":1", whole | {"x": 2})]
+    assert rows(path, columns={"x": ["a.b.c", "d.e"]}) == [(":1", whole | {"x": [1, 2]})]
+    assert rows(path, columns={"x": "a.b.c.d"}) == [(":1", whole | {"d.e": 2})]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"p": "quest"}, "no column 'quest' (wanted as p); found: feedback, one, prompt (correct data.*.columns)"),
+        ({"p": "promt"}, "no column 'promt' (wanted as p); found: feedback, one, prompt (did you mean 'prompt'?)"),
+        ({"p": ["one", "two"]}, "no column 'two' (wanted as p); found: feedback, one, prompt (correct data.*.columns)"),
+        (
+            {"p": "feedback.error", "q": "one"},
+            "no column 'feedback.error' (wanted as p); found: feedback, one, prompt; 'feedback' holds errors, notes "
+            "(did you mean 'feedback.errors'?)",
+        ),
+        (
+            {"p": "one.more"},
+            "no column 'one.more' (wanted as p); found: feedback, one, prompt; 'one' holds no objects "
+            "(correct data.*.columns)",
+        ),
+        ({"p": "a.b"}, "no column 'a.b' (wanted as p); found: feedback, one, prompt (correct data.*.columns)"),
+    ],
+)
+def test_a_column_that_is_not_there(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+    path = put(tmp_path, '{"prompt": "a", "one": 1, "feedback": {"errors": [], "notes": 2}}')
+    settings = SourceSettings(path=str(path), columns=columns)
+    found = list(read(settings))
+    with pytest.raises(DataError) as caught:
+        check_columns(settings, list(found[0][1]), [row for _, row in found])
+    assert str(caught.value) == f"{path}: {said}"

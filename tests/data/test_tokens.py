@@ -75,8 +75,8 @@ def test_comparison_verdict_and_task(qwen: Any) -> None:
     assert [c.ids.tolist() for c in pair.completions] == [
         template.completion_ids(ASKED, t)[0] for t in ("fine", "four")
     ]
-    assert pair.numbers == {"margin": 0.5, "chosen_score": 2.0, "rejected_score": 1.0}
-    assert bare.numbers == {"margin": 0.0}
+    assert pair.numbers == {"margin": 0.5, "target": 1.0, "chosen_score": 2.0, "rejected_score": 1.0}
+    assert bare.numbers == {"margin": 0.0, "target": 1.0}
     assert (good.numbers, bad.numbers) == ({"desirable": 1.0}, {"desirable": 0.0})
     assert (task.completions, task.prompt.tolist()) == ((), template.prompt_ids(ASKED))
     assert [s.where for s in made.samples] == ["f:1", "f:2", "f:3", "f:4", "f:5"]

@@ -29,7 +29,11 @@ def samples(draw: st.DrawFn, smallest: int = 1) -> list[Sample]:
             n = draw(st.integers(1 if prompt else 2, 5))
             scored = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
             scored[0] &= prompt > 0
-            completions.append(Completion(np.arange(after, after + n, dtype=np.int32), scored))
+            # A label tells which token it belongs to; a gold score tells the first token of its completion.
+            ids = np.arange(after, after + n, dtype=np.int32)
+            labels = ids[scored] / np.float32(1000) if draw(st.booleans()) else None
+            gold = float(after) if draw(st.booleans()) else float("nan")
+            completions.append(Completion(ids, scored, gold, labels))
             after += n
         ids = np.arange(number, number + prompt, dtype=np.int32)
         made.append(Sample(ids, tuple(completions), {"margin": float(i)}, f"row {i}"))
@@ -47,6 +51,17 @@ def expected(made: list[Sample]) -> list[dict[str, list[int]]]:
             out.append({"whole": whole, "scored": [whole[i] for i in at], "before": [whole[i - 1] for i in at],
                         "example": [b]})  # fmt: skip
     return out
+
+
+def gold_and_labels(made: list[Sample]) -> tuple[list[float], list[float]]:
+    """Of each sequence its score, of each scored token its label, nan where there is none."""
+    gold, labels = [], []
+    for sample in made:
+        for completion in sample.completions or [Completion(np.zeros(0, np.int32), np.zeros(0, bool))]:
+            gold.append(completion.gold)
+            given = completion.labels is not None
+            labels += [i / 1000 if given else float("nan") for i in completion.ids[completion.scored].tolist()]
+    return gold, labels
 
 
 def seen_by(batch: Batch, flat: int) -> list[int]:
@@ -80,6 +95,38 @@ def test_against_a_slow_reference(made: list[Sample], packed: bool) -> None:
     for predictor, target in zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True):
         whole = wanted[int(batch.sequence.view(-1)[target])]["whole"]
         assert seen_by(batch, predictor) == whole[: whole.index(int(flat[target]))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(samples(), st.booleans())
+def test_scores_and_labels_lie_where_they_belong(made: list[Sample], packed: bool) -> None:
+    batch = collate(made, packed=packed).to(torch.device("cpu"))
+    gold, labels = gold_and_labels(made)
+    assert batch.gold.dtype == batch.labels.dtype == torch.float64
+    assert batch.gold.tolist() == pytest.approx(gold, nan_ok=True)
+    assert batch.labels.tolist() == pytest.approx(labels, nan_ok=True)
+    assert len(batch.labels) == len(batch.targets) == len(batch.owners)
+    known = ~batch.labels.isnan()
+    assert (batch.ids.view(-1)[batch.targets[known]] / 1000).tolist() == pytest.approx(batch.labels[known].tolist())
+
+
+def test_scores_and_labels_move_with_the_batch() -> None:
+    ids = np.arange(1, 4, dtype=np.int32)
+    steps = Completion(ids, np.array([True, False, True]), labels=np.array([1, -1], dtype=np.float32))
+    made = [Sample(ids, (steps, Completion(ids, np.ones(3, dtype=bool), gold=2.0)), {}, "row 0")]
+    for packed in (True, False):
+        batch = collate(made, packed=packed)
+        assert torch.equal(batch.labels.nan_to_num(9), torch.tensor([1, -1, 9, 9, 9], dtype=torch.float64))
+        assert torch.equal(batch.gold.nan_to_num(9), torch.tensor([9, 2], dtype=torch.float64))
+        moved = batch.to(torch.device("meta"))
+        assert moved.gold.device.type == moved.labels.device.type == "meta"
+        assert batch.with_numbers(x=torch.zeros(1)).labels is batch.labels
+
+
+def test_an_empty_batch_has_no_scores_and_no_labels() -> None:
+    for packed in (True, False):
+        batch = collate([], packed=packed)
+        assert (batch.gold.shape, batch.labels.shape) == ((0,), (0,))
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,6 +169,16 @@ def test_micro_batches_put_similar_lengths_together() -> None:
     groups = micro_batches(made, 310, packed=False)
     assert sorted(groups) == [[0, 2, 4], [1, 3, 5]]
     assert micro_batches(made, 310, packed=False) == groups
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(1, 200), st.booleans())
+def test_all_completions_of_a_prompt_stay_together(counts: list[int], budget: int, packed: bool) -> None:
+    random = np.random.default_rng(len(counts))
+    made = [make_sample(random, 3, *random.integers(1, 9, count).tolist()) for count in counts]
+    for group in micro_batches(made, budget, packed=packed):
+        batch = collate([made[i] for i in group], packed=packed)
+        assert batch.example.bincount().tolist() == [counts[i] for i in group]
 
 
 def test_only_numbers_that_all_samples_have_are_carried() -> None:

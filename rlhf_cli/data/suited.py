@@ -1,0 +1,53 @@
+"""Which examples an objective cannot use."""
+
+from __future__ import annotations
+
+from rlhf_cli.data.examples import Comparison, Example, Ranking
+from rlhf_cli.data.formats_ranked import TIED
+from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.reading import Wanted
+
+
+def suited(items: list[Example], wanted: Wanted) -> tuple[list[Example], list[Dropped], list[Dropped]]:
+    """The examples that can be used, those that are bad rows, and those that are left out though they are right."""
+    good: list[Example] = []
+    bad: list[Dropped] = []
+    left: list[Dropped] = []
+    for item in items:
+        wrong, unused = _wrong(item, wanted), _unused(item, wanted)
+        if wrong is not None:
+            bad.append(Dropped(wrong, item.where))
+        elif unused is not None:
+            left.append(Dropped(unused, item.where))
+        else:
+            good.append(item)
+    return good, bad, left
+
+
+def _wrong(item: Example, wanted: Wanted) -> str | None:
+    if not isinstance(item, Comparison):
+        return None
+    if "scores" in wanted.needs:
+        if item.scores is None:
+            return "no scores of chosen and rejected (chosen_score, rejected_score)"
+        if item.scores[0] < item.scores[1]:
+            return "labels contradict scores: chosen has the lower one"
+    if "safety" in wanted.needs:
+        if item.safety is None:
+            return "not said whether chosen and rejected are safe (chosen_safe, rejected_safe)"
+        if item.safety == (False, True):
+            return "labels contradict safety: chosen is unsafe and rejected safe"
+    return None
+
+
+def _unused(item: Example, wanted: Wanted) -> str | None:
+    if isinstance(item, Comparison) and item.target == 0.5 and "target" not in wanted.needs:
+        return "neither completion is the better one (target 0.5)"
+    if isinstance(item, Ranking):
+        if len(set(item.scores)) == 1:
+            return TIED
+        if "best" in wanted.needs and item.scores.count(max(item.scores)) > 1:
+            return "several completions share the best score"
+        if "strict" in wanted.needs and len(set(item.scores)) < len(item.scores):
+            return "two completions have the same score"
+    return None
