@@ -18,7 +18,8 @@ from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
-SCORE = "base_model.model.score.weight"
+SCORE_LAYER = "base_model.model.score"
+SCORE = f"{SCORE_LAYER}.weight"
 """Where peft keeps the scalar head of a sequence classifier."""
 
 
@@ -82,7 +83,7 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
     if tensors is None:
         _check_targets(base, config)
     else:
-        _fill(base, name, {k: v for k, v in tensors.items() if k != SCORE})
+        _fill(base, name, {k: v for k, v in tensors.items() if not k.startswith(f"{SCORE_LAYER}.")})
     base.active = None
 
 
@@ -132,14 +133,15 @@ def adapter_config(base: Base, name: str) -> LoraConfig:
     return config
 
 
-def write_adapter(base: Base, name: str, folder: Path, score: Tensor | None = None) -> None:
-    """A standard peft folder: with `score` (1, H), one of a sequence classifier."""
+def write_adapter(base: Base, name: str, folder: Path, head: torch.nn.Linear | None = None) -> None:
+    """A standard peft folder; with a head, one of a sequence classifier (one output) or a token classifier."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(base, name).items()}
     config: dict[str, Any] = adapter_config(base, name).to_dict()
     config |= {"base_model_name_or_path": base.source, "revision": base.revision, "inference_mode": True}
-    if score is not None:
-        tensors[SCORE] = score.detach().cpu().contiguous()
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    if head is not None:
+        tensors |= {f"{SCORE_LAYER}.{k}": v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+        task = "SEQ_CLS" if head.out_features == 1 else "TOKEN_CLS"
+        config |= {"task_type": task, "modules_to_save": ["score"]}
     else:
         config |= {"task_type": "CAUSAL_LM"}
     folder.mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,9 @@ def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
         raise
 
 
+MODELS = {"policy": "a language model", "reward": "a reward model", "process": "a process reward model"}
+
+
 def load_text(settings: ModelSettings, role: str = "policy") -> Text:
     """Tokenizer, template and configuration of the model a recipe names.
 
@@ -128,14 +131,15 @@ def load_text(settings: ModelSettings, role: str = "policy") -> Text:
         safe["revision"] = revision
     config = _attempt("no usable config.json", source, lambda: AutoConfig.from_pretrained(source, **safe))
     architecture = (config.architectures or ["a model without a named architecture"])[0]
-    is_reward = path.role == "reward" or (path.kind == "full" and architecture.endswith("ForSequenceClassification"))
-    if is_reward != (role == "reward"):
-        found, wanted = ("a reward model", "a language model")[:: 1 if is_reward else -1]
-        hint = "name the language model it was trained from" if is_reward else "train one with `rlhf train-rm`"
-        raise ModelError(f"this is {found} ({architecture}); {wanted} is wanted here", settings.name_or_path, hint)
+    heads = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
+    found = next((r for end, r in heads.items() if path.kind == "full" and architecture.endswith(end)), path.role)
+    if found != role:
+        hint = "name the language model it was trained from" if role == "policy" else "train one with `rlhf train-rm`"
+        message = f"this is {MODELS[found]} ({architecture}); {MODELS[role]} is wanted here"
+        raise ModelError(message, settings.name_or_path, hint)
     own = str(path.weights or path.name)
     tokenizer = _attempt("no usable tokenizer", own, lambda: AutoTokenizer.from_pretrained(own, **safe))
-    generation = None if is_reward else _generation_config(source, safe)
+    generation = None if found != "policy" else _generation_config(source, safe)
     template = load_template(tokenizer, settings.chat_template, _end_ids(generation))
     if not template.stop_ids:
         raise ModelError("the tokenizer has no end token, so nothing would ever stop", own,

@@ -114,9 +114,17 @@ def scalar_head(base: Base, weight: torch.Tensor | None = None, bias: float | No
     return head
 
 
-def with_scalar_head(policy: Role, name: str) -> Role:
-    """The policy's weights as a scalar model with a zero head: a reward model before training."""
-    return Role(name, policy.base, policy.adapter, scalar_head(policy.base), trained=True)
+def with_head(policy: Role, name: str, outputs: int = 1) -> Role:
+    """The policy's weights under a zero head: a reward model before training. Several outputs are classes of tokens,
+    and then the head has a bias, as token classifiers have."""
+    if outputs == 1:
+        return Role(name, policy.base, policy.adapter, scalar_head(policy.base), trained=True)
+    size = policy.base.model.config.get_text_config().hidden_size
+    head = nn.Linear(size, outputs, device=policy.base.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    return Role(name, policy.base, policy.adapter, head, trained=True)
 
 
 def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | None) -> Role:

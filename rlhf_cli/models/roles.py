@@ -9,7 +9,7 @@ R rows, L slots, T scored tokens, N sequences, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from rlhf_cli.data.batch import Batch
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.attention import forward_arguments
 from rlhf_cli.models.base import Base
-from rlhf_cli.objectives.logprob import TokenLogp, token_logp
+from rlhf_cli.objectives.logprob import Statistics, TokenLogp, token_logp
 
 
 class RoleError(AssertionError):
@@ -37,7 +37,7 @@ class Role:
     adapter: str | None = None
     """Its adapter; None: the base alone, adapters off."""
     head: nn.Linear | None = None
-    """A scalar head (float32) for scores or values."""
+    """A head (float32) for scores, values or classes."""
     trained: bool = False
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     """What an optimiser may change, by name. Explicit, never read off requires_grad."""
@@ -95,8 +95,8 @@ class Role:
             self.base.open_graph = self
         return states.reshape(-1, states.shape[-1])
 
-    def logp(self, batch: Batch, temperature: float = 1.0, *, statistics: bool = True) -> TokenLogp:
-        """Log-probability and, with `statistics`, entropy and vocabulary mean of each scored token: (T,), float32."""
+    def logp(self, batch: Batch, temperature: float = 1.0, *, statistics: Statistics = "usual") -> TokenLogp:
+        """Log-probability, and the statistics asked for, of each scored token: (T,), float32."""
         hidden = self.hidden(batch)[batch.predictors]
         ids = batch.ids.view(-1)[batch.targets]
         return token_logp(
@@ -111,11 +111,30 @@ class Role:
         """Score of each sequence, read at its last token: (N,), float32."""
         return self._scalar(self.hidden(batch)[batch.last])
 
+    def classes(self, batch: Batch) -> Tensor:
+        """What the head says at each scored token: (T, C), float32."""
+        return self._head(self.hidden(batch)[batch.targets])
+
+    def followed_by(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+        """Log-probability of each of these tokens right after each scored token: (T, len(tokens)), float32."""
+        hidden = self.hidden(batch)[batch.targets]
+        columns = [
+            token_logp(
+                hidden, self.base.logits, torch.full((len(hidden),), token, device=hidden.device),
+                vocabulary=self.base.vocabulary, statistics="none",
+            ).logp
+            for token in tokens
+        ]  # fmt: skip
+        return torch.stack(columns, dim=1)
+
     def _scalar(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden).squeeze(-1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
         if self.head is None:
-            raise RoleError(f"{self.name} has no scalar head")
+            raise RoleError(f"{self.name} has no head of its own")
         with torch.autocast(self.base.device.type, enabled=False):
-            return self.head(hidden.float()).squeeze(-1)
+            return self.head(hidden.float())
 
     def backward(self, loss: Tensor) -> None:
         """loss.backward(), while this role is active; afterwards other roles may start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import adapters
@@ -59,24 +59,23 @@ def _write_text(text: Text, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_reward(role: Role, text: Text, folder: Path) -> None:
-    """A sequence classifier with one label, its head included."""
+def save_reward(role: Role, text: Text, folder: Path, labels: Sequence[str] = ()) -> None:
+    """A sequence classifier with one label, or with `labels` a token classifier; its head included."""
     assert role.head is not None
-    score = role.head.weight.detach().cpu()
     if role.adapter is not None:
-        adapters.write_adapter(role.base, role.adapter, folder, score)
+        adapters.write_adapter(role.base, role.adapter, folder, role.head)
         _write_text(text, folder)
         return
-    config = classifier_config(role, text)
+    config = classifier_config(role, text, labels)
     with torch.device("meta"):
-        shell = AutoModelForSequenceClassification.from_config(config)
+        shell = _classifier(labels).from_config(config)
     prefix = shell.base_model_prefix
     dtype = role.base.dtype
     state: dict[str, Tensor] = {
         f"{prefix}.{k}": v.detach().to(dtype) if v.is_floating_point() else v
         for k, v in role.base.model.base_model.state_dict().items()
     }
-    state["score.weight"] = score.to(dtype)
+    state |= {f"score.{k}": v.detach().to(dtype) for k, v in role.head.state_dict().items()}
     missing = sorted(set(shell.state_dict()) ^ set(state))
     if missing:
         raise ModelError(f"this architecture keeps its classifier elsewhere: {missing[0]}", str(folder))
@@ -84,10 +83,17 @@ def save_reward(role: Role, text: Text, folder: Path) -> None:
     _write_text(text, folder)
 
 
-def classifier_config(role: Role, text: Text) -> Any:
-    """The configuration of the same architecture as a classifier with one label."""
+def _classifier(labels: Sequence[str]) -> Any:
+    return AutoModelForTokenClassification if labels else AutoModelForSequenceClassification
+
+
+def classifier_config(role: Role, text: Text, labels: Sequence[str] = ()) -> Any:
+    """The configuration of the same architecture as a classifier with one label, or with these."""
     config = copy.deepcopy(role.base.model.config)
-    config.num_labels = 1
+    config.num_labels = len(labels) or 1
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
     config.pad_token_id = pad_id(text)
     config.dtype = role.base.dtype
     return config
@@ -102,14 +108,16 @@ def pad_id(text: Text) -> int | None:
     return None
 
 
-def open_reward(folder: Path, text: Text, role: Role, device: torch.device | None = None) -> torch.nn.Module:
+def open_reward(
+    folder: Path, text: Text, role: Role, device: torch.device | None = None, labels: Sequence[str] = ()
+) -> torch.nn.Module:
     """The saved reward model, opened as any user of transformers and peft would, its base quantised as in training.
 
     An adapter's base brings its own padding token; where that ends texts, it has to be told another one.
     """
-    dtype, device = role.base.dtype, device or role.base.device
+    dtype, device, kind = role.base.dtype, device or role.base.device, _classifier(labels)
     if role.adapter is None:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         return model.to(device).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     quantized: dict[str, Any] = {}
@@ -117,9 +125,7 @@ def open_reward(folder: Path, text: Text, role: Role, device: torch.device | Non
         settings = copy.deepcopy(settings)
         settings.llm_int8_skip_modules = ["score"]
         quantized = {"quantization_config": settings, "device_map": {"": device}}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, pad_token_id=pad_id(text), dtype=dtype, **quantized
-    )
+    model = kind.from_pretrained(base, num_labels=len(labels) or 1, pad_token_id=pad_id(text), dtype=dtype, **quantized)
     keep_4bit_layout(model)
     opened = PeftModel.from_pretrained(model, str(folder)).eval()
     return opened if quantized else opened.to(device)

@@ -23,22 +23,27 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def model_at(recipe: type[Recipe], root: Node, path: Path) -> type[BaseModel] | None:
     """The model that describes the mapping at that path; None where the schema has none."""
-    model: type[BaseModel] | None = recipe
+    models: list[type[BaseModel]] = [recipe]
     node = root
     for step in path:
         if isinstance(step, int):
             node = node.value[step] if isinstance(node.value, list) else node
-        else:
-            node = entries(node)[step]
-            field = model.model_fields.get(step) if model else None
-            model = _chosen(list(models_in(field.annotation)), node) if field else None
-    return model
+            continue
+        model = _chosen(models, node)
+        field = model.model_fields.get(step) if model else None
+        models = list(models_in(field.annotation)) if field else []
+        node = entries(node)[step]
+    return _chosen(models, node)
 
 
 def _chosen(models: list[type[BaseModel]], node: Node) -> type[BaseModel] | None:
-    name = entries(node).get("name")
+    written = entries(node)
+    name = written.get("name")
     for model in models:
-        if len(models) == 1 or (name and name.value in get_args(model.model_fields["name"].annotation)):
+        known = model.model_fields.get("name")
+        if len(models) == 1 or (known is None and "terms" in written):
+            return model
+        if known is not None and (name.value in get_args(known.annotation) if name else not known.is_required()):
             return model
     return None
 

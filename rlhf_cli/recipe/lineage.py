@@ -75,7 +75,8 @@ def inputs(recipe: Recipe) -> dict[str, str]:
     Raises DataError, RecipeError or ModelError when one of them is missing, unreadable or an unfinished run.
     """
     found: dict[str, str] = {}
-    for source in [*recipe.data.train, *(recipe.data.eval or [])]:
+    ptx = getattr(getattr(recipe, "ppo", None), "ptx", None)
+    for source in [*recipe.data.train, *(recipe.data.eval or []), *(ptx.data if ptx else [])]:
         found[source.path] = _data(source)
     found.update(_model(recipe.model.name_or_path, recipe.model.revision))
     template = recipe.model.chat_template

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from rlhf_cli.errors import ModelError, did_you_mean
 
@@ -17,6 +17,9 @@ WHOLE = 8 * 2**20
 BLOCKS = 64
 BLOCK = 64 * 2**10
 """Larger ones by this many evenly spaced blocks of this many bytes."""
+
+Role = Literal["policy", "reward", "process"]
+"""What a folder holds: a language model, a model of one score, a classifier of steps."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ModelPath:
     """Folder with the weights (`final/` of a run); None for a hub id."""
     kind: Literal["full", "adapter"]
     """What the weights are. A hub id counts as full."""
-    role: Literal["policy", "reward"]
+    role: Role
     base: str | None
     """Model an adapter belongs to, or a run started from; None when not known."""
     done: bool
@@ -126,16 +129,17 @@ def _folder(name: str, path: Path, source: Literal["run", "folder"], run: dict[s
     if adapter.is_file():
         settings = read_json(adapter)
         base = _base_of(settings, path)
-        role = "reward" if settings.get("task_type") == "SEQ_CLS" else "policy"
+        role = {"SEQ_CLS": "reward", "TOKEN_CLS": "process"}.get(str(settings.get("task_type")), "policy")
     else:
         names = read_json(path / "config.json").get("architectures") or []
         base = None if run is None else _started_from(run)
-        role = "reward" if any("ForSequenceClassification" in str(n) for n in names) else "policy"
+        heads = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
+        role = next((r for head, r in heads.items() if any(head in str(n) for n in names)), "policy")
     if run is not None:
         role = run.get("role", role)
     return ModelPath(
-        name, source, path, "adapter" if adapter.is_file() else "full", "reward" if role == "reward" else "policy",
-        base, True, run,
+        name, source, path, "adapter" if adapter.is_file() else "full",
+        cast("Role", role if role in get_args(Role) else "policy"), base, True, run,
     )  # fmt: skip
 
 

@@ -48,14 +48,14 @@ class _Complaint:
 
 def explain(errors: Iterable[Any], root: Node, stage: str) -> list[Found]:
     """The problems behind the errors of a recipe for that stage, in no special order."""
-    objective = _wrong_objective(root, stage)
+    objectives = _wrong_objectives(root, stage)
     complaints = [_locate(error, root) for error in errors]
     groups: dict[Path, list[_Complaint]] = {}
     for complaint in complaints:
-        if not (objective and complaint.path[:1] == ("objective",)) and _counts(complaint):
+        if not (objectives and complaint.path[:1] == ("objective",)) and _counts(complaint):
             groups.setdefault(complaint.path, []).append(complaint)
     parents = {path[:length] for path in groups for length in range(len(path))}
-    found = [objective] if objective else []
+    found = list(objectives)
     for path, group in groups.items():
         missing = [c for c in group if c.type == "missing"]
         found += [_missing(c, root) for c in missing]
@@ -113,7 +113,9 @@ def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> Found
         key, words = _BOUNDS[bound.type]
         message = f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
     elif first.type == "too_short":
-        message, hint = "the list is empty", "give at least one"
+        least = first.context["min_length"]
+        message = "the list is empty" if least == 1 else f"the list has {first.context['actual_length']} of {least}"
+        hint = "give at least one" if least == 1 else f"give at least {least}"
     return _found(first.node.place, first.path, message, hint)
 
 
@@ -190,12 +192,12 @@ def _key_hint(key: str, block: Path, root: Node, stage: str) -> str:
     here = ".".join(step for step in block if isinstance(step, str))
     known = known_at(RECIPES[stage], root, block)
     foreign = _foreign_hint(key, stage)
-    blocks = blocks_of(stage).get(key, ())
-    others = stages_with(key, here)
+    blocks = [b for b in blocks_of(stage).get(key, ()) if b != "objective.terms"]
+    others = [other for other in stages_with(key, here) if other != stage]
     belongs = f"it belongs {' or '.join(f'under {b}' if b else 'at the top' for b in blocks)}"
     guesses = (
         foreign if foreign.startswith(f"it is called {here}.") else "",
-        belongs if 0 < len(blocks) <= 3 else "",
+        belongs if 0 < len(blocks) <= 3 and here not in blocks else "",
         foreign,
         did_you_mean(key, known),
         f"it belongs to the command {' or '.join(others)}" if others else "",
@@ -233,18 +235,30 @@ def _contradiction(complaint: _Complaint) -> Found:
     return _found(complaint.node.key_place, complaint.path, message)
 
 
-def _wrong_objective(root: Node, stage: str) -> Found | None:
-    name = entries(entries(root).get("objective")).get("name")
+def _wrong_objectives(root: Node, stage: str) -> list[Found]:
+    """Names of objectives that do not exist or belong to another command, alone or in a mix."""
+    block = entries(root).get("objective")
+    found = [_wrong_objective(entries(block).get("name"), ("objective", "name"), stage)]
+    terms = entries(block).get("terms")
+    for i, term in enumerate(terms.value if terms and isinstance(terms.value, list) else []):
+        found.append(_wrong_objective(entries(term).get("name"), ("objective", "terms", i, "name"), stage))
+    return [one for one in found if one]
+
+
+def _wrong_objective(name: Node | None, path: Path, stage: str) -> Found | None:
     if not name or not isinstance(name.value, str) or name.broken:
         return None
-    path: Path = ("objective", "name")
     if name.value not in OBJECTIVES:
         known = ", ".join(o.name for o in OBJECTIVES.values() if o.stage == stage)
         close = did_you_mean(name.value, OBJECTIVES) if len(name.value) < LONGEST_WORD else ""
         hint = foreign_value("name", name.value) or close or (f"known for {stage}: {known}" if known else "")
         return _found(name.place, path, f"no objective is called '{shorten(name.value)}'", hint)
-    right = OBJECTIVES[name.value].stage
-    if right == stage:
-        return None
-    hint = f"run it with `rlhf {right} ...` and `stage: {right}`"
-    return _found(name.place, path, f"'{name.value}' belongs to the command {right}", hint)
+    entry = OBJECTIVES[name.value]
+    if entry.stage != stage:
+        hint = f"run it with `rlhf {entry.stage} ...` and `stage: {entry.stage}`"
+        return _found(name.place, path, f"'{name.value}' belongs to the command {entry.stage}", hint)
+    if "terms" in path and entry.data != "comparison":
+        return _found(
+            name.place, path, f"'{name.value}' works on {entry.data} data: a mix is made of objectives on pairs"
+        )
+    return None

@@ -5,15 +5,17 @@ Objectives, estimators and controllers come from the catalogue; their blocks are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, create_model, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model, model_validator
 
 from rlhf_cli.catalog import (
     CONTROLLERS,
     ESTIMATORS,
+    Entry,
     NonNegative,
     Positive,
     Settings,
@@ -30,16 +32,41 @@ Scheduler = Literal[
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
 
 
-def block(entries: Any, default: str | None = None) -> Any:
-    """The type of a `{name: ..., settings...}` block that may hold any of the catalogue's entries."""
-    models = [
-        create_model(f"{entry.name}_block", __base__=entry.settings, __doc__=entry.help,
-                     name=(Literal[entry.name], entry.name if entry.name == default else ...))  # type: ignore[arg-type]
-        for entry in entries
-    ]  # fmt: skip
-    if len(models) == 1:
-        return models[0]
-    return Annotated[reduce(or_, models), Field(discriminator="name")]
+def block(entries: Iterable[Entry], default: str | None = None, *, mix: str | None = None) -> Any:
+    """The type of a `{name: ..., settings...}` block that may hold any of these entries; without a name, the default.
+
+    mix: the name of a further member, `{terms: [...]}`: a weighted sum of those entries that work on pairs.
+    """
+    entries = list(entries)
+    members = [Annotated[_named(entry, "block", default), Tag(entry.name)] for entry in entries]
+    if mix is not None:
+        pairs = [_named(e, "term", weight=(Weight, 1.0)) for e in entries if getattr(e, "data", "") == "comparison"]
+        term: Any = Annotated[reduce(or_, pairs), Field(discriminator="name")]
+        terms: Any = (Annotated[list[term], Field(min_length=2)], ...)
+        whole = create_model(mix, __base__=Settings, __doc__="A weighted sum of objectives.", terms=terms)
+        members.append(Annotated[whole, Tag("a mix")])
+
+    def tag(value: Any) -> Any:
+        if isinstance(value, dict):
+            return "a mix" if mix is not None and "terms" in value else value.get("name", default)
+        return getattr(value, "name", "a mix")
+
+    return members[0] if len(members) == 1 else Annotated[reduce(or_, members), Discriminator(tag)]
+
+
+def _named(entry: Any, kind: str, default: str | None = None, **more: Any) -> Any:
+    """The settings of an entry with its name."""
+    name: Any = (Literal[entry.name], entry.name if entry.name == default else ...)
+    return create_model(f"{entry.name}_{kind}", __base__=entry.settings, __doc__=entry.help, name=name, **more)
+
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Factor of this term in the sum.")]
+
+
+def terms_of(objective: Any) -> list[tuple[float, Any]]:
+    """(weight, block) of each objective of a recipe: one, or those of a mix."""
+    terms = getattr(objective, "terms", None)
+    return [(1.0, objective)] if terms is None else [(term.weight, term) for term in terms]
 
 
 def _as_mapping(key: str, settings: type[Settings]) -> BeforeValidator:
@@ -91,8 +118,9 @@ class SourceSettings(Settings):
     """A file (.jsonl, .json, .parquet, .txt, each also .gz), a folder of such files, or a hub data set."""
     format: str = "auto"
     """How a row is read: auto detects it from the columns and says what it took."""
-    columns: dict[str, str] = {}
-    """Names of your columns for the names of the format, for instance {prompt: question, chosen: good}."""
+    columns: dict[str, str | list[str]] = {}
+    """Names of your columns for the names of the format, for instance {prompt: question, chosen: good}. A list of
+    columns becomes a list of their values, and `a.b` is b inside the objects of column a."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -126,6 +154,39 @@ class DataSettings(Settings):
 class SFTDataSettings(DataSettings):
     train_on_prompt: bool = False
     """Also train on the prompt's tokens."""
+
+
+class SegmentSettings(Settings):
+    by: Literal["sub_sentence", "sentence", "answer"]
+    """Where a completion is cut: at commas too, at the ends of sentences, or nowhere."""
+    categories: Annotated[list[str], Field(min_length=1)] | None = None
+    """Only errors of these categories count; null: all."""
+
+
+class RatingSettings(Settings):
+    method: Literal["bradley_terry", "elo"] = "bradley_terry"
+    """bradley_terry fits all games at once; elo goes through them in their order."""
+    k: Positive = 32.0
+    """Points a game can move; only read with `method: elo`."""
+    start: Annotated[float, Field(allow_inf_nan=False)] = 1500.0
+    """Rating before the first game."""
+    shuffles: Count = 1
+    """Orders of the games that elo is averaged over; 1: the order of the file."""
+    l2: Positive = 0.1
+    """Pull towards the mean, so that whoever never lost has a finite rating; only read with `method: bradley_terry`."""
+    target: Literal["zscore", "minmax", "logit"] = "zscore"
+    """Ratings as targets: mean 0 and deviation 1, between 0 and 1, or in logits around their mean."""
+    scope: Literal["dataset", "prompt"] = "dataset"
+    """What is scaled together: all ratings, or those of a prompt."""
+
+
+class RewardDataSettings(DataSettings):
+    step_separator: str = "\n"
+    """Put after each step that does not end with it already; the label of a step sits on its last token."""
+    segments: SegmentSettings | None = None
+    """How the format `spans` cuts completions into pieces; it needs this."""
+    ratings: RatingSettings = RatingSettings()
+    """How the format `games` makes scores of games."""
 
 
 class TrainingSettings(Settings):
@@ -235,14 +296,15 @@ class SFTRecipe(Recipe):
 
 class RewardRecipe(Recipe):
     stage: Literal["train-rm"]
+    data: RewardDataSettings
     objective: block(objectives_of("train-rm"), "bradley_terry") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
-    """What is minimised."""
+    """What is minimised: bradley_terry unless another name is given."""
 
 
 class DPORecipe(Recipe):
     stage: Literal["dpo"]
-    objective: block(objectives_of("dpo"))  # type: ignore[valid-type]
-    """Which objective, and its settings."""
+    objective: block(objectives_of("dpo"), mix="dpo_mix")  # type: ignore[valid-type]
+    """Which objective, and its settings; or `{terms: [...]}`, several with weights."""
     reference: str | None = None
     """Another frozen model as reference; null: the model the policy starts from."""
 
@@ -253,10 +315,13 @@ class ORPORecipe(Recipe):
     """What is minimised."""
 
 
+SimPOBlock: Any = block(objectives_of("simpo"), "simpo", mix="simpo_mix")
+
+
 class SimPORecipe(Recipe):
     stage: Literal["simpo"]
-    objective: block(objectives_of("simpo"), "simpo") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
-    """What is minimised."""
+    objective: SimPOBlock = Field(default_factory=dict, validate_default=True)
+    """What is minimised: simpo unless another name is given; or `{terms: [...]}`, several with weights."""
 
 
 class RewardSettings(Settings):
@@ -304,6 +369,18 @@ class PenaltySettings(Settings):
     """Coefficient at the start."""
     target_kl: Positive = 0.01
     """Wanted KL per token between the policy before and after a rollout's updates; the coefficient follows it."""
+    controller: Literal["doubling", "proportional"] = "doubling"
+    """doubling: twice or half the coefficient outside 1/1.5 to 1.5 times the target; proportional: up to 2 % a
+    rollout, in proportion to the error."""
+
+
+class PtxSettings(Settings):
+    data: Sources
+    """Plain text or demonstrations, in the forms of data.train."""
+    coef: Positive = 27.8
+    """Factor of their negative log-likelihood, a mean over the scored tokens of the step."""
+    batch_size: Count | None = None
+    """Examples in each update of the policy; null: training.batch_size."""
 
 
 class PPOSettings(Settings):
@@ -321,20 +398,48 @@ class PPOSettings(Settings):
     """Clip the change of a value to +-value_clip; null: off."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Ratio of new to old policy that is clipped: each token's, or one of the completion, its geometric mean over the
+    tokens (GSPO; clip_low and clip_high are then some 1e-4)."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """How the policy's loss is averaged over an optimiser step: over tokens; over completions, each the mean of its
+    tokens; or summed over tokens and divided by completions x rollout.max_new_tokens (Dr. GRPO)."""
     kl: block(CONTROLLERS.values()) = Field(default_factory=lambda: {"name": "fixed"}, validate_default=True)  # type: ignore[valid-type]
-    """KL to the reference, subtracted from the reward at every token; fixed, proportional or doubling."""
+    """Coefficient of the KL to the reference; fixed, proportional or doubling."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL to the reference stands: subtracted from the reward of every token, or added to the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """How it is estimated; null: k1 in the reward, k2 in the loss. The reward takes k1 alone. The loss takes k2, or k3,
+    whose value is unbiased but whose gradient is not: k2's gradient is taken for it."""
+    ptx: PtxSettings | None = None
+    """PPO-ptx: also add the likelihood of other text to each update of the policy; null: off."""
     penalty: PenaltySettings | None = None
-    """PPO-penalty: also add the KL to the rollout's policy to the loss, its coefficient doubled or halved."""
+    """PPO-penalty: also add the KL to the rollout's policy to the loss, with a coefficient that adapts."""
     advantage: block(ESTIMATORS.values(), "gae") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
     """The advantage estimator and its settings."""
     whiten_advantages: bool = True
-    """Shift and scale the advantages of a rollout to mean 0 and variance 1."""
+    """Shift and scale the advantages of a rollout to mean 0 and variance 1. Estimators that compare completions of one
+    prompt (rloo, grpo, dr_grpo, remax) are published without it: set false for them."""
     whiten_rewards: bool = False
     """Scale the token rewards of a rollout to variance 1, keeping their mean."""
     missing_eos_penalty: NonNegative = 1.0
     """Subtracted from the score of a completion that was cut by the length limit."""
     target_kl: Positive | None = None
     """Stop a rollout's updates when the KL per token to its policy passes 1.5 times this; null: never."""
+
+    @model_validator(mode="after")
+    def _kl_has_its_place(self) -> PPOSettings:
+        if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator {self.kl_estimator} does not belong in the reward, where only k1 gives the gradient of "
+                f"the KL: use k1, or kl_in: loss"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator k1 does not belong in the loss, where its gradient is zero on average: use k2 or k3, or "
+                "kl_in: reward"
+            )
+        return self
 
 
 class CriticSettings(Settings):
@@ -354,7 +459,7 @@ class PPORecipe(Recipe):
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     """The algorithm."""
     critic: CriticSettings = CriticSettings()
-    """The value model."""
+    """The value model; only estimators that read values have one (gae)."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> PPORecipe:
@@ -363,6 +468,12 @@ class PPORecipe(Recipe):
             raise ValueError(
                 f"a rollout of training.batch_size x ppo.mini_batches = {rollout} completions cannot be shared out in "
                 f"groups of rollout.completions_per_prompt = {each}"
+            )
+        estimator = ESTIMATORS[self.ppo.advantage.name]
+        if each < estimator.group:
+            raise ValueError(
+                f"ppo.advantage {estimator.name} compares the completions of one prompt: "
+                f"rollout.completions_per_prompt must be at least {estimator.group}, found {each}"
             )
         titles = [reward.title() for reward in self.rewards]
         if len(set(titles)) < len(titles):

@@ -7,34 +7,45 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.catalog import Objective
+from rlhf_cli.catalog import Need
+from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import frozen_role, load_reference
 from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
-from rlhf_cli.objectives.preference import Pair
+from rlhf_cli.objectives.judged import Pair
+from rlhf_cli.stages.judging import Term
 from rlhf_cli.train.engine import Engine
 
 
-def with_margin(metrics: dict[str, float]) -> dict[str, float]:
-    """The figures with the margin of single completions: between the means of desirable and undesirable ones."""
-    if "rewards/margins" in metrics or not {"rewards/chosen", "rewards/rejected"} <= set(metrics):
-        return metrics
-    return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+def needs(terms: Sequence[Term]) -> tuple[Need, ...]:
+    """What any of the objectives needs."""
+    return tuple(dict.fromkeys(need for term in terms for need in term.entry.needs))
 
 
-def check_scores(entry: Objective, settings: dict[str, Any], samples: Sequence[Sample]) -> None:
-    """DataError naming the first row whose scores the objective refuses: it is tried on each before a model loads."""
-    objective, one = entry.load(), torch.ones(1)
+def check_step(terms: Sequence[Term], recipe: Any, data: Prepared) -> None:
+    """RecipeError when an objective that compares the examples of a step would get one alone."""
+    for term in terms:
+        compares = {"kl_point", "whole_step"}.intersection(term.entry.needs)
+        if compares and min(recipe.training.batch_size, len(data.train)) < 2:
+            raise RecipeError(
+                f"{term.entry.name} compares the examples of a step, so it needs two", "training.batch_size", "raise it"
+            )
+
+
+def check_scores(terms: Sequence[Term], samples: Sequence[Sample]) -> None:
+    """DataError naming the first row whose scores an objective refuses: it is tried on each before a model loads."""
+    one = torch.ones(1)
     pair = Pair(-one, -one, one, one)
-    for sample in samples:
-        scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
-        try:
-            objective(pair, pair, scores, **settings)
-        except ValueError as error:
-            raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
+    for term in (term for term in terms if "scores" in term.entry.needs):
+        for sample in samples:
+            scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
+            try:
+                term.judge(pair, pair, scores)
+            except ValueError as error:
+                raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
 
 
 def named_reference(recipe: Any, text: Text) -> Text | None:
@@ -49,7 +60,7 @@ def named_reference(recipe: Any, text: Text) -> Text | None:
 
 
 def open_reference(
-    entry: Objective,
+    terms: Sequence[Term],
     recipe: Any,
     policy: Role,
     text: Text,
@@ -58,7 +69,7 @@ def open_reference(
     samples: Sequence[Sample],
 ) -> Role | None:
     """The reference an objective needs, said aloud and checked against the untrained policy. Raises ModelError."""
-    if "reference" not in entry.needs:
+    if "reference" not in needs(terms):
         return None
     if named is not None:
         reference = frozen_role("reference", recipe.model, named, policy.base)
@@ -67,8 +78,8 @@ def open_reference(
         return reference
     reference, words = load_reference(policy, text)
     few = samples[:4]
-    own = engine.infer(policy, few, lambda b: policy.logp(b).logp)
-    other = engine.infer(reference, few, lambda b: reference.logp(b).logp)
+    own = engine.infer(policy, few, lambda b: policy.logp(b, statistics="none").logp)
+    other = engine.infer(reference, few, lambda b: reference.logp(b, statistics="none").logp)
     gap = max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
     if not gap <= (0.25 if rounds(policy.base) else 1e-4):
         raise ModelError(

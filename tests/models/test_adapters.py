@@ -103,10 +103,10 @@ def test_a_fresh_adapter_is_switched_off_and_frozen(base: Base) -> None:
 
 def test_a_reward_adapter_holds_its_head(base: Base, tmp_path: Path) -> None:
     lora_role(base, "reward")
-    score = torch.randn(1, 32)
-    adapters.write_adapter(base, "reward", tmp_path / "a", score)
+    head = torch.nn.Linear(32, 1, bias=False)
+    adapters.write_adapter(base, "reward", tmp_path / "a", head)
     config, tensors = adapters.read_adapter(tmp_path / "a")
-    assert torch.equal(tensors[adapters.SCORE], score)
+    assert torch.equal(tensors[adapters.SCORE], head.weight)
     assert config.task_type == "SEQ_CLS"
     other = make_base("llama")
     adapters.add_adapter(other, "reward", config, tensors)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.catalog import objectives_of
 from rlhf_cli.cli.tools import schema_text
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.jsonschema import json_schema
@@ -52,7 +53,8 @@ def test_docstrings_bounds_and_short_forms() -> None:
     assert training["required"] == ["learning_rate"]
     assert {"type": "string"} in schema["properties"]["model"]["anyOf"]
     assert {"type": "string"} in schema["$defs"]["DataSettings"]["properties"]["train"]["anyOf"]
-    assert len(schema["properties"]["objective"]["oneOf"]) == 4
+    members = [member["$ref"] for member in schema["properties"]["objective"]["oneOf"]]
+    assert members == [*(f"#/$defs/{entry.name}_block" for entry in objectives_of("dpo")), "#/$defs/dpo_mix"]
     assert "title" not in json.dumps(schema["$defs"])
 
 

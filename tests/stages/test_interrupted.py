@@ -72,6 +72,9 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "dpo": ("dpo", "pairs", 4, {"objective": {"name": "dpo"}, **DROPOUT}),
     "dpo-second-epoch": ("dpo", "pairs", 5, {"objective": {"name": "dpo"}, "data": {"train": {"limit": 50}}}),
     "kto": ("dpo", "verdicts", 4, {"objective": {"name": "kto"}}),
+    "bco": ("dpo", "verdicts", 4, {"objective": {"name": "bco"}}),
+    "aot-ld": ("dpo", "pairs", 4, {"objective": {"terms": [{"name": "aot"}, {"name": "ld_dpo"}]}}),
+    "step_labels": ("train-rm", "steps", 4, {"objective": {"name": "step_labels"}}),
     "orpo-full": ("orpo", "pairs", 4, {"lora": None, "training": {"optimizer": "adafactor"}}),
 }
 

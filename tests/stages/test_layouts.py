@@ -18,6 +18,16 @@ CASES = {
     "orpo": ("orpo", "pairs", {}),
     "simpo": ("simpo", "pairs", {"objective": {"sft_weight": 0.2}, "lora": None}),
     "rm": ("train-rm", "pairs", {"objective": {"centring": 0.01}}),
+    "aot": ("dpo", "pairs", {"objective": {"name": "aot_unpaired"}}),
+    "ld_dpo": ("dpo", "pairs", {"objective": {"name": "ld_dpo"}}),
+    "bco": ("dpo", "verdicts", {"objective": {"name": "bco"}}),
+    "mix": ("dpo", "pairs", {"objective": {"terms": [{"name": "wpo"}, {"name": "aot"}, {"name": "sft"}]}}),
+    "rrhf": ("dpo", "rankings", {"objective": {"name": "rrhf"}}),
+    "orpo-on-prompt": ("orpo", "pairs", {"objective": {"sft_scope": "all"}}),
+    "k_wise": ("train-rm", "rankings", {"objective": {"name": "k_wise", "centring": 0.01}}),
+    "step_labels": ("train-rm", "steps", {"objective": {"name": "step_labels"}}),
+    "two_token": ("train-rm", "steps", {"objective": {"name": "two_token", "good": "good", "bad": "bad"}}),
+    "outcome": ("train-rm", "verdicts", {"objective": {"name": "outcome"}, "lora": None}),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "packed-40": {"training": {"layout": "packed", "micro_batch_tokens": 40}},

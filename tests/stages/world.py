@@ -58,7 +58,7 @@ def say(rng: random.Random, praise: int, length: int = 3) -> str:
 
 
 def rows(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of chat, completion, text, pairs, verdicts or prompts."""
+    """Rows of chat, completion, text, pairs, verdicts or prompts, or of what `judged` makes."""
     rng, out = random.Random(f"{kind} {seed}"), []
     for number in range(count):
         prompt = ask(rng)
@@ -73,9 +73,48 @@ def rows(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
                       "chosen_score": true_reward(chosen), "rejected_score": true_reward(rejected)},
             "verdicts": {"prompt": prompt, "completion": (chosen, rejected)[number % 2], "label": number % 2 == 0},
             "prompts": {"prompt": prompt, "number": number},
-        }[kind]  # fmt: skip
+        }.get(kind) or judged(kind, rng, prompt, chosen, rejected)  # fmt: skip
         out.append(row)
     return out
+
+
+def judged(kind: str, rng: random.Random, prompt: list[dict[str, str]], chosen: str, rejected: str) -> dict[str, Any]:
+    """A row of rankings, strict rankings, choices, scored, games, steps, spans, safety or votes."""
+    row: dict[str, Any] = {"prompt": prompt}
+    texts = [say(rng, praise) for praise in rng.sample(range(4), rng.choice([3, 4]))]
+    scores = [true_reward(text) for text in texts]
+    if kind in ("rankings", "strict", "choices"):
+        tied = [*texts, *([say(rng, 1)] if kind == "rankings" and 1 / 3 not in scores else [])]
+        row["completions"] = tied
+        return row | (
+            {"best": scores.index(max(scores))} if kind == "choices" else {"scores": list(map(true_reward, tied))}
+        )
+    if kind == "scored":
+        return row | {"completion": texts[0], "score": scores[0]}
+    if kind == "games":
+        return (
+            row | {"a": chosen, "b": rejected, "outcome": 1}
+            if rng.random() < 0.5
+            else row | {"a": rejected, "b": chosen, "outcome": 0}
+        )
+    words = texts[0].split()
+    if kind == "steps":
+        return row | {"steps": words, "labels": [word in GOOD for word in words]}
+    if kind == "spans":
+        wrong = [word for word in words if word in BAD]
+        text = ", ".join(words)
+        spans = [{"start": text.find(w), "end": text.find(w) + len(w), "type": "blame"} for w in wrong]
+        return row | {"completion": text, "errors": spans}
+    if kind == "safety":
+        return row | {
+            "response_0": rejected,
+            "response_1": chosen,
+            "safer_response_id": 1,
+            "is_response_0_safe": true_reward(rejected) > 0,
+            "is_response_1_safe": true_reward(chosen) > 0,
+        }
+    assert kind == "votes"
+    return row | {"completions": [rejected, chosen], "votes": rng.choices([2, 2, 2, 0, 1], k=3)}
 
 
 def write_rows(path: Path, found: list[dict[str, Any]]) -> Path:
@@ -85,11 +124,12 @@ def write_rows(path: Path, found: list[dict[str, Any]]) -> Path:
 
 
 KINDS = ("chat", "completion", "text", "pairs", "verdicts", "prompts")
+JUDGED = ("rankings", "strict", "choices", "scored", "games", "steps", "spans", "safety", "votes")
 
 
 def write_world(folder: Path) -> Path:
     """All data files, each with its -eval twin, and reward.py."""
-    for kind, (suffix, count, seed) in itertools.product(KINDS, (("", 240, 1), ("-eval", 48, 2))):
+    for kind, (suffix, count, seed) in itertools.product(KINDS + JUDGED, (("", 240, 1), ("-eval", 48, 2))):
         write_rows(folder / f"{kind}{suffix}.jsonl", rows(kind, count, seed))
     (folder / "reward.py").write_text(REWARD)
     return folder
