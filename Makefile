@@ -58,7 +58,7 @@ demo: $(READY) ## the whole chain on a tiny model, offline: sft -> train-rm -> p
 		then cat $(DEMO)/table.md; echo "demo is up to date"; \
 		else $(MAKE) -j2 --no-print-directory $(DEMO)/table.md; fi
 
-$(DEMO)/world/DONE: scripts/make_tiny.py $(TINY)/reward.py | $(READY)
+$(DEMO)/world/DONE: scripts/make_tiny.py scripts/tiny_grammar.py scripts/tiny_judged.py $(TINY)/reward.py | $(READY)
 	$(BIN)/python scripts/make_tiny.py --out $(DEMO)/world
 
 $(DEMO)/pretrain/DONE: $(TINY)/pretrain.yaml $(DEMO)/world/DONE

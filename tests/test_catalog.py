@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,15 +16,22 @@ from pydantic import BaseModel, ValidationError
 from rlhf_cli.catalog import (
     CONTROLLERS,
     ESTIMATORS,
+    NEEDS,
     OBJECTIVES,
     STAGES,
+    Data,
     Entry,
     Estimator,
+    Head,
+    Need,
+    Objective,
     Settings,
-    SimPO,
     look_up,
     objectives_of,
 )
+from rlhf_cli.catalog.explain import COLUMNS, DATA, HEADS, docstring, explain
+from rlhf_cli.catalog.preference import SimPO
+from rlhf_cli.data.formats import FORMATS
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.reader import read_recipe
 from rlhf_cli.recipe.schema import RECIPES
@@ -66,8 +73,6 @@ def test_names_are_unique() -> None:
     names = [entry.name for entry in WITH_SETTINGS]
     assert len(set(names)) == len(names)
     assert len({entry.path for entry in WITH_SETTINGS}) == len(names)
-    blocks = [entry.settings for entry in WITH_SETTINGS]
-    assert len(set(blocks)) == len(blocks)
 
 
 @every_setting
@@ -94,7 +99,9 @@ def test_defaults_pass_their_own_bounds(entry: Any) -> None:
 @every_setting
 def test_numbers_that_are_none_are_refused(entry: Any) -> None:
     for name, value in entry.settings().model_dump().items():
-        wrong = ["x", []] if isinstance(value, str | bool) else [math.nan, math.inf, -math.inf, "1", True]
+        wrong: list[Any] = ["x", []] if isinstance(value, str | bool) else [math.nan, math.inf, -math.inf, "1", True]
+        if entry.settings.model_fields[name].annotation is str:
+            wrong = [1, True, []]
         for one in wrong:
             with pytest.raises(ValidationError):
                 entry.settings.model_validate({name: one})
@@ -122,6 +129,25 @@ def test_numbers_that_are_none_are_refused(entry: Any) -> None:
         ("fixed", {"coef": -0.1}),
         ("proportional", {"horizon": 0.0}),
         ("doubling", {"coef": 0.0}),
+        ("robust", {"label_smoothing": 0.5}),
+        ("exo", {"label_smoothing": 0.0}),
+        ("f_dpo", {"divergence": "alpha", "alpha": 1.0}),
+        ("ld_dpo", {"alpha": 1.1}),
+        ("hinge", {"beta": 0.0}),
+        ("sft", {"beta": 0.1}),
+        ("slic", {"delta": 0.0}),
+        ("alphapo", {"gamma_beta_ratio": -0.1}),
+        ("rrhf", {"sft_reduction": "mean"}),
+        ("stable_alignment", {"rating_scale": 0.0}),
+        ("k_wise", {"centring": -1.0}),
+        ("regression", {"delta": 0.0}),
+        ("two_token", {"good": 1}),
+        ("cost", {"l2": -0.1}),
+        ("gae", {"length_adaptive": 0.0}),
+        ("gae", {"lam_critic": 1.1}),
+        ("grpo", {"epsilon": 0.0}),
+        ("rloo", {"gamma": 1.0}),
+        ("reinforce", {"credit": "all"}),
     ],
 )
 def test_out_of_bounds(name: str, settings: dict[str, Any]) -> None:
@@ -155,23 +181,55 @@ def test_every_setting_is_explained(entry: Any) -> None:
 
 
 @every_setting
-def test_the_docstring_names_its_source(entry: Entry) -> None:
-    assert SOURCE.search(inspect.getdoc(entry.load()) or ""), f"no paper or year in the docstring of {entry.path}"
+def test_the_docstring_has_its_parts(entry: Any) -> None:
+    found = explain(entry)
+    assert SOURCE.search(found.source), f"no paper or year in the source of {entry.path}"
+    assert all((found.formula, found.symbols, found.step_0, found.traps))
+    assert inspect.getdoc(entry.load()) == docstring(entry)
+    for symbol in found.symbols:
+        name, _, meaning = symbol.partition(": ")
+        assert name, symbol
+        assert meaning, symbol
+
+
+def test_every_kind_and_need_has_its_words() -> None:
+    assert list(DATA) == list(get_args(Data))
+    assert list(NEEDS) == list(get_args(Need))
+    assert list(HEADS) == list(get_args(Head))
+    read = {column for form in FORMATS.values() for column in form.reads}
+    assert {word for words in COLUMNS.values() for word in re.findall(r"\w+_\w+|target", words)} <= read
 
 
 def test_estimators_share_one_signature() -> None:
     for entry in ESTIMATORS.values():
         assert isinstance(entry, Estimator)
         parameters = inspect.signature(entry.load()).parameters
-        assert [n for n in parameters if n not in named(parameters)] == ["rewards", "values", "mask", "group"]
+        given = [n for n in parameters if n not in named(parameters)]
+        assert given == ["rewards", "values", "mask", "group", "greedy"]
 
 
-def test_objectives_ask_for_what_they_declare() -> None:
-    arguments = {"reference": "reference", "scores": "scores", "kl_point": "kl_point"}
+PASSED = ("reference", "scores", "safety", "kl_point", "running")
+"""Needs that an objective is given as an argument of that name."""
+
+
+@pytest.mark.parametrize("entry", OBJECTIVES.values(), ids=lambda entry: entry.name)
+def test_objectives_ask_for_what_they_declare(entry: Objective) -> None:
+    parameters = set(inspect.signature(entry.load()).parameters)
+    passed = {*PASSED, "target"} if entry.data == "comparison" else {*PASSED}  # ratings are targets anyway
+    assert parameters & passed == set(entry.needs) & passed
+    assert not parameters & (set(get_args(Need)) - {*PASSED, "target"}), "these come with the data"
+    assert len(set(entry.needs)) == len(entry.needs)
+
+
+def test_a_head_is_for_reward_models() -> None:
     for entry in OBJECTIVES.values():
-        parameters = inspect.signature(entry.load()).parameters
-        asked = {need for need, argument in arguments.items() if argument in parameters}
-        assert asked == set(entry.needs), entry.name
+        assert (entry.head is not None) == (entry.stage == "train-rm"), entry.name
+
+
+def test_estimators_say_how_many_completions_they_need() -> None:
+    assert {e.name for e in ESTIMATORS.values() if e.critic} == {"gae"}
+    assert {e.name for e in ESTIMATORS.values() if e.greedy} == {"remax"}
+    assert {e.name: e.group for e in ESTIMATORS.values() if e.group != 1} == {"rloo": 2, "grpo": 2, "dr_grpo": 2}
 
 
 def test_stages_and_objectives_belong_together() -> None:
@@ -190,7 +248,7 @@ def _blocks(node: Any) -> list[str]:
         own = getattr(node, "name", None)
         found = [own] if isinstance(node, Settings) and own in {e.name for e in WITH_SETTINGS} else []
         return found + [name for key in type(node).model_fields for name in _blocks(getattr(node, key))]
-    return []
+    return [name for item in node for name in _blocks(item)] if isinstance(node, list) else []
 
 
 def test_recipes_use_every_objective() -> None:
@@ -229,10 +287,13 @@ def test_the_page_is_fresh() -> None:
     text = make_docs.page()
     assert make_docs.PAGE.read_text(encoding="utf-8") == text, "run: python scripts/make_docs.py"
     for entry in WITH_SETTINGS:
-        assert f"### {entry.name}\n" in text
+        assert text.count(f"### {entry.name}\n") == 1
         for key in entry.settings.model_fields:
             assert f"| `{key}` |" in text
-    for snippet in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        (block,) = yaml.safe_load(snippet).values()
+    snippets = [yaml.safe_load(snippet) for snippet in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(snippets) == len(WITH_SETTINGS)
+    for snippet in snippets:
+        recipe = snippet.get("ppo", snippet)
+        block = next(recipe[key] for key in ("objective", "advantage", "kl") if key in recipe)
         settings = {e.name: e.settings for e in WITH_SETTINGS}[block.pop("name")]
         assert settings.model_validate(block) == settings()

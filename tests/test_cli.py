@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlhf_cli.catalog import CONTROLLERS, OBJECTIVES, STAGES, Stage
+from rlhf_cli.catalog import Stage
 from rlhf_cli.cli import tools, view
 from rlhf_cli.cli.app import run_command_line
 from rlhf_cli.errors import DataError, DivergedError, Interrupted, ModelError, Problem
@@ -182,22 +181,6 @@ def test_check(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: py
     code, lines = run(capsys, "check", "bad.yaml", "r.yaml")
     assert code == 3
     assert lines[-1] == "error: r.yaml: p.jsonl:7777: cut line"
-
-
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command_line(["list", "--json"]) == 0
-    caught = capsys.readouterr()
-    data = json.loads(caught.out)
-    assert caught.err == ""
-    assert [entry["name"] for entry in data["stages"]] == list(STAGES)
-    assert {entry["name"]: entry["stage"] for entry in data["objectives"]} == {
-        name: entry.stage for name, entry in OBJECTIVES.items()
-    }
-    ipo = next(entry for entry in data["objectives"] if entry["name"] == "ipo")
-    assert [(s["name"], s["default"]) for s in ipo["settings"]] == [("beta", 0.1), ("average", True)]
-    code, lines = run(capsys, "list")
-    assert code == 0
-    assert all(any(line.strip().startswith(name) for line in lines) for name in (*STAGES, *OBJECTIVES, *CONTROLLERS))
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import typer
 
 from rlhf_cli.catalog import STAGES
 from rlhf_cli.cli import tools
+from rlhf_cli.cli.explain import explanation, on_terminal
 from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
 from rlhf_cli.runs.options import Options
 
@@ -26,7 +27,7 @@ HINT_MEMORY = "lower data.max_length or training.micro_batch_tokens, or set mode
 app = typer.Typer(
     name="rlhf",
     help="Align a language model on your own GPU: SFT, reward models, PPO and the DPO family from YAML recipes.",
-    epilog="A recipe says everything; `rlhf schema` prints what it may hold, `rlhf list` the objectives.",
+    epilog="A recipe says everything; `rlhf schema` prints what it may hold, `rlhf list` shows the objectives.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -203,12 +204,23 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show commands, objectives, estimators and controllers with their settings."""
+    """Show the commands, and the objectives, estimators and controllers of each."""
     if as_json:
         emit(json.dumps(tools.catalogue(), indent=2, ensure_ascii=False))
         return
     for line in tools.catalogue_lines():
         say(line)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An objective, estimator, controller or command.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an objective is: formula, settings, data, source, and what often goes wrong."""
+    found = explanation(name)
+    emit(json.dumps(found, indent=2, ensure_ascii=False) if as_json else on_terminal(found))
 
 
 @app.command()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, STAGES, Controller, Entry, Estimator, Objective
+from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, STAGES, Objective
+from rlhf_cli.catalog.explain import Named, settings_of
+from rlhf_cli.cli.explain import name_lines, offers
 from rlhf_cli.errors import DataError, ModelError, Problem, RecipeError, RlhfError
+
+USUAL = ("demonstration", "comparison")
+"""Kinds of data that `rlhf list` does not mention."""
 
 
 def schema_text(stage: str | None) -> str:
@@ -29,48 +36,38 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     """The catalogue as plain data."""
     return {
         "stages": [{"name": s.name, "help": s.help} for s in STAGES.values()],
-        "objectives": [_objective(o) for o in OBJECTIVES.values()],
-        "estimators": [{"name": e.name, "help": e.help, "critic": e.critic, "settings": _settings(e)}
-                       for e in ESTIMATORS.values()],
-        "controllers": [{"name": c.name, "help": c.help, "settings": _settings(c)} for c in CONTROLLERS.values()],
-    }  # fmt: skip
+        "objectives": [
+            _plain(o) | {"stage": o.stage, "data": o.data, "needs": list(o.needs), "head": o.head}
+            for o in OBJECTIVES.values()
+        ],
+        "estimators": [
+            _plain(e) | {"critic": e.critic, "group": e.group, "greedy": e.greedy} for e in ESTIMATORS.values()
+        ],
+        "controllers": [_plain(c) for c in CONTROLLERS.values()],
+    }
 
 
-def _objective(entry: Objective) -> dict[str, Any]:
-    head = {"name": entry.name, "help": entry.help, "stage": entry.stage, "data": entry.data}
-    return head | {"needs": list(entry.needs), "settings": _settings(entry)}
-
-
-def _settings(entry: Objective | Estimator | Controller) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "default": field.default, "help": " ".join((field.description or "").split())}
-        for name, field in entry.settings.model_fields.items()
-    ]
+def _plain(entry: Named) -> dict[str, Any]:
+    settings = [asdict(setting) for setting in settings_of(entry.settings)]
+    return {"name": entry.name, "help": entry.help, "settings": settings}
 
 
 def catalogue_lines() -> list[str]:
-    """The catalogue for people."""
+    """The catalogue for people: a line for each name, below its command; folded only where a terminal shows it."""
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 1000
     lines: list[str] = []
-    tables: dict[str, Sequence[Entry]] = {
-        "commands": list(STAGES.values()),
-        "objectives": list(OBJECTIVES.values()),
-        "advantage estimators": list(ESTIMATORS.values()),
-        "KL controllers": list(CONTROLLERS.values()),
-    }
-    for title, entries in tables.items():
-        lines += ["", title] if lines else [title]
-        for entry in entries:
-            lines.append(f"  {entry.name:<14} {entry.help}{_belongs(entry)}")
-            if isinstance(entry, Objective | Estimator | Controller):
-                lines += [f"    {s['name']} = {json.dumps(s['default'])}: {s['help']}" for s in _settings(entry)]
-    return lines
+    for stage in STAGES.values():
+        lines += [f"rlhf {stage.name}: {stage.help}"]
+        for title, entries in offers(stage).items():
+            lines += [f" {title}"] if title != "objectives" else []
+            lines += name_lines({e.name: f"{e.help}{_unusual(e)}" for e in entries}, width)
+        lines += [""]
+    return [*lines, "`rlhf explain NAME` shows formula, settings, data and source."]
 
 
-def _belongs(entry: Entry) -> str:
-    if not isinstance(entry, Objective):
-        return ""
-    needs = f", needs {' and '.join(entry.needs)}" if entry.needs else ""
-    return f" [rlhf {entry.stage}, {entry.data} data{needs}]"
+def _unusual(entry: Named) -> str:
+    """The data of an objective, where it is not what most of its command read."""
+    return f" [{entry.data}]" if isinstance(entry, Objective) and entry.data not in USUAL else ""
 
 
 # --- env -------------------------------------------------------------------------------------------------

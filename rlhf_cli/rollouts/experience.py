@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,11 +42,16 @@ class Experience:
         return self.mask.sum(1)
 
 
-def collect(
-    infer: Infer,
+class Drawn(NamedTuple):
+    """Sampled completions, not measured yet."""
+
+    rollout: Rollout
+    group: Tensor  # (N,) int64: which prompt
+    logp: list[Tensor]  # N, (L,) each, as the sampler saw them
+
+
+def draw(
     policy: Role,
-    reference: Role,
-    critic: Role | None,
     tasks: Sequence[Task],
     prompts: Sequence[np.ndarray],
     template: Template,
@@ -53,26 +59,32 @@ def collect(
     completions_per_prompt: int,
     sampling: Sampling,
     seed: int,
-) -> Experience:
-    """Sample completions of each prompt and measure them under policy, reference and critic."""
+) -> Drawn:
+    """Sample completions of each prompt."""
     drawn = sample(policy, prompts, completions_per_prompt, stop_ids, sampling, seed)
     rows = [(g, c) for g, group in enumerate(drawn) for c in group]
-    samples = [_as_sample(prompts[g], c, tasks[g].where) for g, c in rows]
     rollout = Rollout(
         [tasks[g] for g, _ in rows],
         [template.decode(c.ids, after=prompts[g]) for g, c in rows],
-        samples,
+        [_as_sample(prompts[g], c, tasks[g].where) for g, c in rows],
         [c.finished for _, c in rows],
     )
-    temperature = sampling.temperature
+    return Drawn(rollout, torch.tensor([g for g, _ in rows]), [torch.from_numpy(c.logp) for _, c in rows])
+
+
+def measure(
+    infer: Infer, policy: Role, reference: Role, critic: Role | None, drawn: Drawn, temperature: float
+) -> Experience:
+    """What policy, reference and critic say of sampled completions."""
+    samples = drawn.rollout.samples
     own = infer(policy, samples, lambda b: torch.stack(policy.logp(b, temperature)[:2], dim=1))
-    frozen = infer(reference, samples, lambda b: reference.logp(b, temperature, statistics=False).logp)
+    frozen = infer(reference, samples, lambda b: reference.logp(b, temperature, statistics="none").logp)
     values = None if critic is None else infer(critic, samples, critic.values)
-    sampled, mask = pad([torch.from_numpy(c.logp) for _, c in rows])
+    sampled, mask = pad(drawn.logp)
     return Experience(
-        rollout=rollout,
-        finished=torch.tensor([c.finished for _, c in rows]),
-        group=torch.tensor([g for g, _ in rows]),
+        rollout=drawn.rollout,
+        finished=torch.tensor(list(drawn.rollout.finished)),
+        group=drawn.group,
         mask=mask,
         sampled_logp=sampled,
         logp=pad([o[:, 0] for o in own])[0],

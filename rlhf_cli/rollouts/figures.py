@@ -15,7 +15,8 @@ def figures(
 ) -> dict[str, float]:
     """Means over a rollout. raw, scores (N,): before and after penalties; returns (N, T): the critic's targets.
 
-    KL and entropy in nats; explained variance is 1 - Var(returns - values) / Var(returns).
+    KL and entropy in nats; explained variance is 1 - Var(returns - values) / Var(returns); frac_reward_zero_std is the
+    share of prompts whose completions all have the same score.
     """
     kl = torch.where(experience.mask, k1(experience.logp, experience.reference_logp), 0.0).sum(1)  # (N,)
     out = {
@@ -33,6 +34,10 @@ def figures(
         "completions/eos_rate": float(experience.finished.float().mean()),
         "rollout/logprob_gap_max": float((experience.sampled_logp - experience.logp).abs().max()),
     }
+    groups = [scores[experience.group == g] for g in experience.group.unique()]
+    compared = [group for group in groups if len(group) > 1]
+    if compared:
+        out["frac_reward_zero_std"] = sum(bool((g == g[0]).all()) for g in compared) / len(compared)
     if returns is not None and experience.values is not None:
         target, error = returns[experience.mask], (returns - experience.values)[experience.mask]
         spread = float(target.var(correction=0))

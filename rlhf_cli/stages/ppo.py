@@ -1,16 +1,19 @@
-"""Proximal policy optimisation, the roles as adapters on one base.
+"""Policy gradient: PPO and the estimators that need no critic, the roles as adapters on one base.
 
-1. Sample completions of a batch of prompts.
+1. Sample completions of a batch of prompts; where the estimator asks for it, also the greedy completion of each prompt.
 2. Score them: reward models and functions, weighted; a completion that was cut by the length limit pays a penalty.
-3. Reward each token: -kl_coef x (log-ratio to the reference), plus the score at the last token.
-4. Advantages and returns from the critic's values; whiten the advantages over the rollout.
-5. A few passes over the rollout in mini-batches: clipped policy loss, clipped value loss, one role at a time.
+3. Reward each token: the score at the last one and, unless the KL stands in the loss, -kl_coef x (log-ratio to the
+   reference) at all of them.
+4. Advantages by the estimator, from the critic's values or from the other completions; whiten them over the rollout.
+5. A few passes over the rollout in mini-batches: clipped policy loss, clipped value loss, one role at a time; with ptx
+   also the likelihood of other text, in the policy's step.
 6. Adapt the KL coefficients.
 7. Held-out: the score of completions of the evaluation prompts.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -18,7 +21,6 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS
-from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.models.base import Text, load_text
@@ -27,9 +29,8 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy
 from rlhf_cli.objectives.kl import PolicyPenalty, k3
 from rlhf_cli.objectives.masked import masked_mean, whiten
-from rlhf_cli.objectives.policy import clipped_policy, clipped_value, ratio
 from rlhf_cli.recipe.schema import PPORecipe
-from rlhf_cli.rollouts.experience import Experience, collect, pad, token_rewards
+from rlhf_cli.rollouts.experience import Experience, draw, measure, pad, token_rewards
 from rlhf_cli.rollouts.figures import figures
 from rlhf_cli.rollouts.generate import Sampling, mixed
 from rlhf_cli.rollouts.rewards import Reward, total
@@ -37,13 +38,15 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import common, ppo_setup
-from rlhf_cli.train.engine import Engine, Losses
+from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, counts, policy_loss, value_loss
+from rlhf_cli.train.engine import Engine
 
 
 def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None:
     """Train a policy by PPO. Raises RlhfError."""
     text = load_text(recipe.model)
     data = ppo_setup.read_tasks(recipe, text, display)
+    data, ptx = ppo_setup.read_ptx(recipe, data, text, display)
     tasks = cast("list[Task]", data.examples_train)
     functions = ppo_setup.load_functions(recipe, tasks)
     reward_texts = ppo_setup.load_reward_texts(recipe, text, tasks)
@@ -61,7 +64,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     rate = recipe.training.learning_rate
     learners = [(policy, rate)] + ([(critic, recipe.critic.learning_rate or rate)] if critic else [])
     engine = common.open_engine(recipe, run, display, loader, learners)
-    ppo = PPO(engine, recipe, policy, reference, critic, rewards, text, stop_ids)
+    ppo = PPO(engine, recipe, policy, reference, critic, rewards, text, stop_ids, ptx)
 
     def step() -> dict[str, float]:
         indices = loader.next()
@@ -95,6 +98,7 @@ class PPO:
         rewards: list[Reward],
         text: Text,
         stop_ids: tuple[int, ...],
+        ptx: ppo_setup.Ptx | None,
     ) -> None:
         self.engine, self.settings, self.seed = engine, recipe.ppo, recipe.seed
         self.policy, self.reference, self.critic, self.rewards = policy, reference, critic, rewards
@@ -103,26 +107,54 @@ class PPO:
         self.sampling = Sampling(sampling.max_new_tokens, sampling.temperature, max_batch=sampling.max_batch)
         controller = CONTROLLERS[self.settings.kl.name].load()
         self.kl = controller(**common.settings_of(self.settings.kl))
-        self.estimator = ESTIMATORS[self.settings.advantage.name].load()
+        self.entry = ESTIMATORS[self.settings.advantage.name]
+        self.estimator = self.entry.load()
         self.progress = ppo_setup.Progress()
         engine.kept |= {"kl": self.kl, "progress": self.progress}
+        self.ptx = ptx
+        if ptx is not None:
+            engine.kept["ptx"] = ptx.loader
         self.penalty: PolicyPenalty | None = None
         if self.settings.penalty is not None:
             self.penalty = PolicyPenalty(**self.settings.penalty.model_dump())
             engine.kept["penalty"] = self.penalty
 
-    # --- steps 1 to 3 ------------------------------------------------------------------------------------------------
+    # --- steps 1 to 4 ------------------------------------------------------------------------------------------------
 
     def roll_out(
         self, tasks: list[Task], samples: list[Sample], each: int, seed: int, critic: Role | None
     ) -> tuple[Experience, Tensor, dict[str, float]]:
         """Completions of the prompts, their scores (N,), and the figures of the rewards."""
-        experience = collect(
-            self.engine.infer, self.policy, self.reference, critic, tasks, [s.prompt for s in samples],
-            self.text.template, self.stop_ids, each, self.sampling, seed,
-        )  # fmt: skip
-        scores, metrics = total(self.rewards, experience.rollout, self.engine.infer)
+        drawn = draw(
+            self.policy,
+            tasks,
+            [s.prompt for s in samples],
+            self.text.template,
+            self.stop_ids,
+            each,
+            self.sampling,
+            seed,
+        )
+        infer, temperature = self.engine.infer, self.sampling.temperature
+        experience = measure(infer, self.policy, self.reference, critic, drawn, temperature)
+        scores, metrics = total(self.rewards, experience.rollout, infer)
         return experience, torch.from_numpy(scores).float(), metrics
+
+    def greedy(self, tasks: list[Task], samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
+        """Scores, penalties included, of the greedy completion of each prompt (P,), and its figures."""
+        sampling = replace(self.sampling, greedy=True)
+        prompts = [s.prompt for s in samples]
+        rollout, _, _ = draw(self.policy, tasks, prompts, self.text.template, self.stop_ids, 1, sampling, 0)
+        finished = torch.tensor(list(rollout.finished))
+        scores = self.penalised(torch.from_numpy(total(self.rewards, rollout, self.engine.infer)[0]).float(), finished)
+        return scores, {
+            "greedy/scores": float(scores.mean()), "greedy/eos_rate": float(finished.float().mean()),
+            "greedy/completions": float(len(scores)),
+        }  # fmt: skip
+
+    def penalised(self, scores: Tensor, finished: Tensor) -> Tensor:
+        """Scores (N,) less the penalty of a missing end token."""
+        return scores - self.settings.missing_eos_penalty * (~finished).float()
 
     def iterate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """One rollout and its updates."""
@@ -130,31 +162,36 @@ class PPO:
         experience, raw, metrics = self.roll_out(tasks, samples, self.each, seed, self.critic)
         if self.engine.step == 0:
             ppo_setup.check_first_rollout(experience, self.policy, self.engine.display)
-        scores = raw - self.settings.missing_eos_penalty * (~experience.finished).float()
-        rewards = token_rewards(experience, scores, self.kl.coef)
+        greedy = None
+        if self.entry.greedy:
+            of_prompt, more = self.greedy(tasks, samples)
+            greedy, metrics = of_prompt[experience.group], metrics | more
+        scores = self.penalised(raw, experience.finished)
+        rewards = token_rewards(experience, scores, self.kl.coef if self.settings.kl_in == "reward" else 0.0)
         if self.settings.whiten_rewards:
             rewards = whiten(rewards, experience.mask, shift_mean=False)
         settings = common.settings_of(self.settings.advantage)
-        estimate = self.estimator(rewards, experience.values, experience.mask, experience.group, **settings)
-        advantages = estimate.advantages
+        advantages, returns = self.estimator(
+            rewards, experience.values, experience.mask, experience.group, greedy, **settings
+        )
         if self.settings.whiten_advantages:
             advantages = whiten(advantages, experience.mask)
         self.progress.episodes += len(scores)
-        metrics |= figures(experience, raw, scores, estimate.returns, self.kl.coef)
-        metrics |= self.learn(experience, advantages, estimate.returns, seed)
+        metrics |= figures(experience, raw, scores, returns, self.kl.coef)
+        metrics |= self.learn(Lesson(experience, advantages, returns, self.sampling.temperature), seed)
         self.kl.update(metrics["objective/kl"], len(scores))
         return metrics | {"episode": float(self.progress.episodes)}
 
     # --- step 5 ------------------------------------------------------------------------------------------------------
 
-    def learn(self, experience: Experience, advantages: Tensor, returns: Tensor, seed: int) -> dict[str, float]:
+    def learn(self, lesson: Lesson, seed: int) -> dict[str, float]:
         """The passes over a rollout; means of the figures over its updates."""
         random = np.random.Generator(np.random.Philox(key=[seed, 2**32]))
-        rows, history = len(advantages), []
+        rows, history = len(lesson.advantages), []
         parts = min(self.settings.mini_batches, rows)
         chunks = [c for _ in range(self.settings.epochs) for c in np.array_split(random.permutation(rows), parts)]
         for chunk in chunks:
-            history.append(self.update(experience, advantages, returns, chunk))
+            history.append(self.update(lesson, chunk))
             if history[-1]["policy/approxkl"] > 1.5 * (self.settings.target_kl or np.inf):
                 break
         means = {key: float(np.mean([h[key] for h in history])) for key in history[0]}
@@ -162,7 +199,7 @@ class PPO:
         means["policy/ratio_first"] = history[0]["val/ratio"]
         if self.penalty is not None:
             means["policy/penalty_coef"] = self.penalty.coef
-            means["policy/kl_after"] = self.moved(experience)
+            means["policy/kl_after"] = self.moved(lesson.experience)
             self.penalty.follow(means["policy/kl_after"])
         return means
 
@@ -170,57 +207,26 @@ class PPO:
         """KL per token from the policy of the rollout to the policy after its updates, on all of the rollout."""
         temperature, samples = self.sampling.temperature, experience.rollout.samples
         now = pad(
-            self.engine.infer(self.policy, samples, lambda b: self.policy.logp(b, temperature, statistics=False).logp)
+            self.engine.infer(self.policy, samples, lambda b: self.policy.logp(b, temperature, statistics="none").logp)
         )[0]
         return float(masked_mean(k3(experience.logp, now), experience.mask))
 
-    def update(
-        self, experience: Experience, advantages: Tensor, returns: Tensor, chunk: np.ndarray
-    ) -> dict[str, float]:
-        """One optimiser step of the policy and one of the critic on the completions `chunk`."""
-        samples = [experience.rollout.samples[i] for i in chunk]
-        settings, device = self.settings, self.policy.base.device
-        counts = {"token": float(experience.mask[chunk].sum())}
-
-        def flat(x: Tensor, group: list[int]) -> Tensor:
-            """(N, T) -> the tokens of the micro-batch's completions, in the order of its scored tokens."""
-            rows = chunk[group]
-            return x[rows][experience.mask[rows]].to(device)
-
-        def policy_loss(batch: Batch, group: list[int]) -> Losses:
-            of, old = self.policy.logp(batch, self.sampling.temperature), flat(experience.logp, group)
-            loss, clipped = clipped_policy(
-                of.logp, old, flat(advantages, group),
-                clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
-            )  # fmt: skip
-            moved = k3(old, of.logp)  # KL(rollout policy || policy)
-            whole = loss.sum()
-            if settings.entropy_coef:
-                whole = whole - settings.entropy_coef * of.entropy.sum()
-            if self.penalty is not None:
-                whole = whole + self.penalty.coef * moved.sum()
-            n = float(len(old))
-            return Losses({"token": whole}, {
-                "policy/approxkl": (moved.detach().sum(), n),
-                "policy/clipfrac": (clipped.sum(), n),
-                "policy/entropy": (of.entropy.detach().sum(), n),
-                "val/ratio": (ratio(of.logp.detach(), old).sum(), n),
-            })  # fmt: skip
-
-        out = self.engine.update(self.policy, samples, policy_loss, counts)
+    def update(self, lesson: Lesson, chunk: np.ndarray) -> dict[str, float]:
+        """One optimiser step of the policy and one of the critic on the completions `chunk` (n,)."""
+        samples = [lesson.experience.rollout.samples[i] for i in chunk]
+        divisors = counts(lesson, chunk, self.sampling.max_new_tokens)
+        coefficients = Coefficients(self.kl.coef, self.penalty.coef if self.penalty else None)
+        loss = policy_loss(self.policy, self.settings, lesson, chunk, coefficients)
+        also = self.ptx.next(self.policy) if self.ptx else None
+        out = self.engine.update(self.policy, samples, loss, divisors, also=also)
         metrics = out | {"loss/policy": out["loss"]}
-        if self.critic is None or experience.values is None:
+        if self.ptx is not None:
+            metrics["loss/policy"] -= self.ptx.coef * out["loss/ptx"]
+        old_values = lesson.experience.values
+        if self.critic is None or old_values is None:
             return metrics
-        critic, old_values = self.critic, experience.values
-
-        def value_loss(batch: Batch, group: list[int]) -> Losses:
-            values = critic.values(batch)
-            loss, clipped = clipped_value(
-                values, flat(old_values, group), flat(returns, group), value_clip=settings.value_clip
-            )
-            return Losses({"token": loss.sum()}, {"val/clipfrac": (clipped.sum(), float(len(values)))})
-
-        out = self.engine.update(critic, samples, value_loss, counts)
+        loss = value_loss(self.critic, old_values, self.settings, lesson, chunk)
+        out = self.engine.update(self.critic, samples, loss, divisors)
         return metrics | {
             "loss/value": out["loss"], "val/clipfrac": out["val/clipfrac"], "val/grad_norm": out["grad_norm"]
         }  # fmt: skip

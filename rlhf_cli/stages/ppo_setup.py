@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from rlhf_cli.catalog import ESTIMATORS
+from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.examples import Task
-from rlhf_cli.data.prepare import Prepared
+from rlhf_cli.data.loader import Loader
+from rlhf_cli.data.prepare import Prepared, prepare
+from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, Text, load_text
@@ -31,6 +34,7 @@ from rlhf_cli.rollouts.rewards import (
 )
 from rlhf_cli.runs.display import Display
 from rlhf_cli.stages import common
+from rlhf_cli.train.engine import Losses, Part
 
 
 @dataclass
@@ -52,6 +56,48 @@ def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:
     """The prompts, none longer than leaves room for the completion."""
     room = recipe.data.max_length - recipe.rollout.max_new_tokens
     return common.read_data(recipe, "task", text, display, max_length=room)
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """Other text whose likelihood is part of each update of the policy (PPO-ptx, Ouyang et al. 2022 eq. 2)."""
+
+    samples: list[Sample]
+    loader: Loader
+    coef: float
+
+    def next(self, policy: Role) -> Part:
+        """The examples of the next update: coef times the mean negative log-likelihood of their scored tokens."""
+        samples = common.select(self.samples, self.loader.next())
+
+        def loss(batch: Batch, group: list[int]) -> Losses:
+            logp = policy.logp(batch, statistics="none").logp
+            nll = -logp.sum()
+            return Losses({"token": self.coef * nll}, {"loss/ptx": (nll.detach(), float(len(logp)))})
+
+        return Part(samples, loss, {"token": float(sum(c.scored.sum() for s in samples for c in s.completions))})
+
+
+def read_ptx(recipe: PPORecipe, tasks: Prepared, text: Text, display: Display) -> tuple[Prepared, Ptx | None]:
+    """The text of `ppo.ptx`, None without; and the prompts with its sources in their report."""
+    settings = recipe.ppo.ptx
+    if settings is None:
+        return tasks, None
+    found = prepare(
+        recipe.data.model_copy(update={"train": settings.data, "eval": None}), "demonstration", text.template
+    )
+    report = replace(
+        found.report,
+        sources=tuple(replace(s, split="ptx") for s in found.report.sources),
+        tokens=tuple(replace(t, split="ptx") for t in found.report.tokens),
+    )
+    for line in report.lines():
+        display.note(line)
+    both = replace(
+        tasks.report, sources=tasks.report.sources + report.sources, tokens=tasks.report.tokens + report.tokens
+    )
+    loader = common.make_loader(recipe, found, settings.batch_size or recipe.training.batch_size)
+    return replace(tasks, report=both), Ptx(found.train, loader, settings.coef)
 
 
 def load_functions(recipe: PPORecipe, tasks: Sequence[Task]) -> dict[int, FunctionReward]:
@@ -108,6 +154,7 @@ def load_critic(recipe: PPORecipe, policy: Role, rewards: Sequence[Reward], disp
     scale of the scores. From the policy: a copy of its weights with a zero head.
     """
     if not ESTIMATORS[recipe.ppo.advantage.name].critic:
+        display.note(f"critic: none, {recipe.ppo.advantage.name} reads no values")
         return None
     models = [r for r in rewards if isinstance(r, ModelReward)]
     usable = [r for r in models if _copies(policy, r.role)]

@@ -52,6 +52,14 @@ Prepare = Callable[[Batch, list[int]], Batch]
 """Runs before the role is active, for instance to ask a frozen role."""
 
 
+class Part(NamedTuple):
+    """Further samples with a loss of their own in an optimiser step."""
+
+    samples: Sequence[Sample]
+    loss: Loss
+    counts: dict[str, float]
+
+
 class Stateful(Protocol):
     """Something a checkpoint keeps, as JSON."""
 
@@ -114,15 +122,19 @@ class Engine:
         loss: Loss,
         counts: dict[str, float],
         prepare: Prepare | None = None,
+        also: Part | None = None,
     ) -> dict[str, float]:
         """Forward, backward and one optimiser step over the samples of a step; the metrics of the step.
 
-        counts: how many of each unit the step holds. Raises DivergedError before the step is applied when the loss or
-        the gradient is not finite; ModelError when one sample alone does not fit the memory.
+        counts: how many of each unit the step holds. also: another part with counts of its own; the losses add up.
+        Raises DivergedError before the step is applied when the loss or the gradient is not finite; ModelError when one
+        sample alone does not fit the memory.
         """
         learner = self.learners[role.name]
-        totals = self._within_memory(samples, lambda: self._accumulate(learner, samples, loss, counts, prepare))
-        norm = self._step(learner, samples)
+        every = [*samples, *(also.samples if also else ())]
+        own = Part(samples, loss, counts)
+        totals = self._within_memory(every, lambda: self._accumulate(learner, own, prepare, also))
+        norm = self._step(learner, every)
         return totals | {"grad_norm": norm}
 
     def measure(
@@ -183,11 +195,13 @@ class Engine:
             checkpoint.set_random_state(*generators)
             self.display.warn(f"out of memory: going on with micro-batches of {self.budget} tokens (same result)")
 
-    def _accumulate(
-        self, learner: Learner, samples: Sequence[Sample], loss: Loss, counts: dict[str, float], prepare: Prepare | None
-    ) -> dict[str, float]:
+    def _accumulate(self, learner: Learner, own: Part, prepare: Prepare | None, also: Part | None) -> dict[str, float]:
         learner.optimizer.zero_grad(set_to_none=True)
-        return self._passes(learner.role, samples, loss, counts, prepare, learner.scaler)
+        totals = self._passes(learner.role, *own, prepare, learner.scaler)
+        if also is not None:
+            more = self._passes(learner.role, *also, None, learner.scaler)
+            totals = totals | more | {"loss": totals["loss"] + more["loss"]}
+        return totals
 
     def _passes(
         self,

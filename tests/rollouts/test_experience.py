@@ -18,7 +18,7 @@ from rlhf_cli.data.examples import Task
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import ModelSettings
-from rlhf_cli.rollouts.experience import Experience, collect, pad, token_rewards
+from rlhf_cli.rollouts.experience import Experience, draw, measure, pad, token_rewards
 from rlhf_cli.rollouts.generate import Sampling
 from rlhf_cli.rollouts.rewards import Rollout
 from tests.models.worlds import EOS, lora_role, make_base, tokens
@@ -110,8 +110,8 @@ def rolled(
     prompts = [tokens(random, n) for n in (7, 2, 11)]
     tasks = [Task(f"prompt {i}", f"tasks.jsonl:{i + 1}") for i in range(3)]
     frozen = policy if reference == "policy" else other
-    return collect(infer_with(budget), policy, frozen, critic, tasks, prompts, text.template, [EOS, 5, 6], 4,
-                   Sampling(9, temperature), 17)  # fmt: skip
+    drawn = draw(policy, tasks, prompts, text.template, [EOS, 5, 6], 4, Sampling(9, temperature), 17)
+    return measure(infer_with(budget), policy, frozen, critic, drawn, temperature)
 
 
 def test_a_rollout(model_folder: Path) -> None:
