@@ -176,7 +176,7 @@ class Engine:
 
     def _within_memory(self, samples: Sequence[Sample], function: Callable[[], T]) -> T:
         """function(), again with half the budget when the device runs out of memory."""
-        generators = checkpoint.random_state()
+        generators, tokens = checkpoint.random_state(), self.tokens
         while True:
             try:
                 return function()
@@ -193,6 +193,7 @@ class Engine:
             self.budget = max(self.budget // 2, longest)
             torch.cuda.empty_cache()
             checkpoint.set_random_state(*generators)
+            self.tokens = tokens
             self.display.warn(f"out of memory: going on with micro-batches of {self.budget} tokens (same result)")
 
     def _accumulate(self, learner: Learner, own: Part, prepare: Prepare | None, also: Part | None) -> dict[str, float]:
