@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model, m
 from rlhf_cli.catalog import (
     CONTROLLERS,
     ESTIMATORS,
+    OBJECTIVES,
     Entry,
     NonNegative,
     Positive,
@@ -299,6 +300,16 @@ class RewardRecipe(Recipe):
     data: RewardDataSettings
     objective: block(objectives_of("train-rm"), "bradley_terry") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
     """What is minimised: bradley_terry unless another name is given."""
+
+    @model_validator(mode="after")
+    def _data_settings_are_read(self) -> RewardRecipe:
+        name = self.objective.name
+        kind, plain = OBJECTIVES[name].data, RewardDataSettings.model_fields
+        for key, wanted in (("ratings", "rated"), ("segments", "steps"), ("step_separator", "steps")):
+            if kind != wanted and getattr(self.data, key) != plain[key].default:
+                readers = ", ".join(o.name for o in objectives_of("train-rm") if o.data == wanted)
+                raise ValueError(f"data.{key} is only read by {readers}, and objective.name is {name}")
+        return self
 
 
 class DPORecipe(Recipe):

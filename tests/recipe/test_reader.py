@@ -422,3 +422,12 @@ def test_two_margins_for_one(tmp_path: Path) -> None:
     recipe = DPO.replace("name: dpo", "name: simpo\n  gamma: 1.0\n  gamma_beta_ratio: 0.5")
     (both,) = problems(tmp_path, recipe.replace("stage: dpo", "stage: simpo"), stage="simpo")
     assert "give gamma or gamma_beta_ratio, not both" in both
+
+
+def test_data_settings_that_nothing_reads(tmp_path: Path) -> None:
+    recipe = DPO.replace("stage: dpo", "stage: train-rm").replace("name: dpo", "name: bradley_terry")
+    for line, reader in (("ratings: {target: minmax}", "regression"), ("segments: {by: sentence}", "step_labels")):
+        (found,) = problems(tmp_path, recipe.replace("data:\n", f"data:\n  {line}\n"), stage="train-rm")
+        key = line.partition(":")[0]
+        assert found.startswith(f"r:4:3 data.{key}: data.{key} is only read by {reader}")
+        assert found.endswith("and objective.name is bradley_terry")
