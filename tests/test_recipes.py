@@ -13,6 +13,7 @@ import yaml
 
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.recipe.reader import read_recipe
+from rlhf_cli.recipe.schema import terms_of
 from tests.conftest import Outcome, run_cli
 from tests.stages import world as w
 
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 FOUND = sorted((ROOT / "recipes").rglob("*.yaml"))
 SHIPPED = {str(path.relative_to(ROOT / "recipes")): path for path in FOUND}
 KINDS = {"demonstration": "chat", "comparison": "pairs", "verdict": "verdicts", "task": "prompts"}
+JUDGED = {kind: kind for kind in w.JUDGED} | {"strict-rankings": "strict"}
+"""The demo's files of other kinds, and what the toy task calls them."""
 Make = Callable[[str], Path]
 
 
@@ -33,7 +36,7 @@ def rehearse(*arguments: object) -> Outcome:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows of each kind, in the columns that the recipes ask for."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    for kind in w.KINDS:
+    for kind in w.KINDS + w.JUDGED:
         w.write_rows(folder / f"{kind}.jsonl", w.rows(kind, 12, 1))
         w.write_rows(folder / f"{kind}-eval.jsonl", w.rows(kind, 4, 2))
     return folder
@@ -63,7 +66,8 @@ def start(tiny_model: Path, world: Path) -> Make:
 def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny: Path, out: Path) -> list[str]:
     """What makes a recipe fit for a rehearsal: everything that decides its size, and nothing else."""
     block = getattr(recipe, "objective", None)
-    kind = KINDS[OBJECTIVES[block.name].data if block else "task"]
+    kind = JUDGED.get(Path(recipe.data.train[0].path).stem)
+    kind = kind or KINDS[OBJECTIVES[terms_of(block)[0][1].name].data if block else "task"]
     name = recipe.model.name_or_path
     chained = name.startswith(("runs/", "demo/")) and not name.endswith("/model")
     model = (start("sft-lora") if "lora" in name else start("sft")) if chained else tiny
@@ -76,6 +80,7 @@ def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny
     }  # fmt: skip
     if recipe.stage == "ppo":
         found |= {"rollout.max_new_tokens": 6, "ppo.mini_batches": 2}
+        found |= {"ppo.ptx.data": world / "text.jsonl"} if recipe.ppo.ptx else {}
         for i, reward in enumerate(recipe.rewards):
             if reward.run is not None:
                 found[f"rewards.{i}.run"] = start("rm")

@@ -23,6 +23,7 @@ from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
 from rlhf_cli.errors import DataError, Problem
 from rlhf_cli.recipe.schema import (
     DataSettings,
+    PPORecipe,
     Recipe,
     RewardDataSettings,
     SFTDataSettings,
@@ -134,6 +135,9 @@ def check_data(recipe: Recipe) -> list[str]:
     loaded = _load(recipe.data, *data_needs(recipe))
     items = {split: examples.items for split, (examples, _) in loaded.items()}
     lines = _merged([report for _, report in loaded.values()], items).lines()
+    if isinstance(recipe, PPORecipe) and recipe.ppo.ptx is not None:
+        _, report = load_examples(recipe.ppo.ptx.data, "demonstration", recipe.data.on_bad_row, split="ptx")
+        lines += report.lines()
     return [*lines, "lengths not checked: tokens are counted when the stage starts (try --dry-run)"]
 
 

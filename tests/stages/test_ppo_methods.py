@@ -214,3 +214,12 @@ def test_what_does_not_fit_is_refused(toy: Toy, world: Path, tmp_path: Path, nam
     assert (outcome.code, len(outcome.errors)) == (code, 1), outcome.err
     assert words in outcome.errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_check_reads_the_ptx_rows(toy: Toy, world: Path, tmp_path: Path) -> None:
+    broken = w.write_rows(tmp_path / "broken.jsonl", [{"text": "good"}, {"text": ""}])
+    rewards = [{"function": f"{world / 'reward.py'}:true_reward"}]
+    content = toy("ppo", "prompts", rewards=rewards, rollout={"max_new_tokens": 6}, ppo={"ptx": {"data": str(broken)}})
+    outcome = quick("check", w.save(content, tmp_path / "ptx.yaml"))
+    assert outcome.code == 3
+    assert "broken.jsonl:2: empty text" in outcome.errors[0]
