@@ -39,7 +39,7 @@ class Entry:
 Data = Literal["demonstration", "comparison", "verdict", "task", "ranking", "rated", "steps"]
 Need = Literal[
     "reference", "scores", "target", "safety", "kl_point", "running", "common", "certainty", "whole_step", "best",
-    "strict",
+    "strict", "firm",
 ]  # fmt: skip
 NEEDS: dict[Need, str] = {
     "reference": "log-probabilities of a frozen reference",
@@ -53,6 +53,7 @@ NEEDS: dict[Need, str] = {
     "whole_step": "all examples of a step at once: it mixes them",
     "best": "one completion of each ranking that stands alone at the top",
     "strict": "rankings without ties",
+    "firm": "steps that are right or wrong: neutral ones are left out",
 }
 Head = Literal["score", "tokens", "language"]
 

@@ -80,7 +80,7 @@ ENTRIES: tuple[Objective, ...] = (
     Objective("step_labels", f"{_S}:step_labels", "Process reward: class of each step at its last token",
               "train-rm", "steps", (), StepLabels, "tokens"),
     Objective("two_token", f"{_S}:two_token", "Process reward: two tokens of the vocabulary after each step",
-              "train-rm", "steps", (), TwoToken, "language"),
+              "train-rm", "steps", ("firm",), TwoToken, "language"),
     Objective("outcome", f"{_S}:outcome", "Outcome reward: right or wrong, predicted at every token",
               "train-rm", "verdict", (), Outcome, "tokens"),
 )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rlhf_cli.data.examples import Comparison, Example, Ranking
+from dataclasses import replace
+
+from rlhf_cli.data.examples import Comparison, Example, Ranking, Steps
 from rlhf_cli.data.formats_ranked import TIED
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.reading import Wanted
@@ -13,7 +15,11 @@ def suited(items: list[Example], wanted: Wanted) -> tuple[list[Example], list[Dr
     good: list[Example] = []
     bad: list[Dropped] = []
     left: list[Dropped] = []
-    for item in items:
+    for found in items:
+        item = found
+        if isinstance(found, Steps) and "firm" in wanted.needs and 0 in found.labels:
+            left.append(Dropped("neutral steps of a solution", item.where))
+            item = replace(found, labels=tuple(None if label == 0 else label for label in found.labels))
         wrong, unused = _wrong(item, wanted), _unused(item, wanted)
         if wrong is not None:
             bad.append(Dropped(wrong, item.where))
@@ -43,6 +49,8 @@ def _wrong(item: Example, wanted: Wanted) -> str | None:
 def _unused(item: Example, wanted: Wanted) -> str | None:
     if isinstance(item, Comparison) and item.target == 0.5 and "target" not in wanted.needs:
         return "neither completion is the better one (target 0.5)"
+    if isinstance(item, Steps) and all(label is None for label in item.labels):
+        return "no step with a label"
     if isinstance(item, Ranking):
         if len(set(item.scores)) == 1:
             return TIED

@@ -72,7 +72,7 @@ def _binary(logit: Tensor, target: Tensor) -> Tensor:
 
 
 def two_token(
-    logits: Tensor,  # (T, 2) of the good and the bad token, where the tag of each step is predicted
+    logits: Tensor,  # (T, 2) of the good and the bad token, as what follows the last token of each step
     labels: Tensor,  # (T,) 1 right; -1 or 0 wrong; in between the probability of right
     *,
     good: str,
@@ -89,7 +89,7 @@ def two_token(
     Source: Wang et al. 2023 (arXiv:2312.08935), with hard or soft estimates of a step as labels.
     Step 0: log 2 = 0.693147 where the two logits are equal; a trained language model starts elsewhere
     Traps: a softmax over the whole vocabulary instead of the two; log(1 - sigmoid(d)), which in float32 is -inf from
-    d = 17 on; the logit read at the tag instead of where it is predicted.
+    d = 17 on; the logits read one token before the end of a step.
     """
     logits, labels = full_precision(logits, labels)
     d = logits[:, 0] - logits[:, 1]

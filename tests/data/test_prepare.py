@@ -292,3 +292,16 @@ def test_checking_data_does_not_import_torch(jsonl: Write) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_neutral_steps_where_only_firm_ones_count(jsonl: Write) -> None:
+    steps = {"prompt": "q", "steps": ["x", "y", "z"], "labels": [1, 0, -1]}
+    path = jsonl(steps, steps | {"steps": ["x"], "labels": [0]})
+    examples, report = load_examples([source(path)], "steps", wanted=Wanted(("firm",)))
+    (kept,) = examples.items
+    assert isinstance(kept, Steps)
+    assert kept.labels == (1.0, None, -1.0)
+    dropped = {reason.reason: reason.count for reason in report.sources[0].dropped}
+    assert dropped == {"neutral steps of a solution": 2, "no step with a label": 1}
+    whole, _ = load_examples([source(path)], "steps")
+    assert [item.labels for item in whole.items if isinstance(item, Steps)] == [(1.0, 0.0, -1.0), (0.0,)]
