@@ -39,7 +39,7 @@ class Entry:
 Data = Literal["demonstration", "comparison", "verdict", "task", "ranking", "rated", "steps"]
 Need = Literal[
     "reference", "scores", "target", "safety", "kl_point", "running", "common", "certainty", "whole_step", "best",
-    "strict", "firm",
+    "strict", "firm", "hard", "grades",
 ]  # fmt: skip
 NEEDS: dict[Need, str] = {
     "reference": "log-probabilities of a frozen reference",
@@ -54,6 +54,8 @@ NEEDS: dict[Need, str] = {
     "best": "one completion of each ranking that stands alone at the top",
     "strict": "rankings without ties",
     "firm": "steps that are right or wrong: neutral ones are left out",
+    "hard": "steps that are right, neutral or wrong, not probabilities",
+    "grades": "rankings with scores, not only an order",
 }
 Head = Literal["score", "tokens", "language"]
 

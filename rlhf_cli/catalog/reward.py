@@ -21,7 +21,8 @@ class BradleyTerry(Settings):
 
 class Centred(Settings):
     centring: NonNegative = 0.0
-    """Weight of the squared mean score of a prompt's completions, which keeps scores near zero."""
+    """Weight of the squared mean score of a prompt's completions, which keeps scores near zero: 0.04 is to two
+    completions what 0.01 is in bradley_terry, which takes the square of their sum."""
 
 
 class Regression(Settings):
@@ -56,8 +57,7 @@ class TwoToken(Settings):
 
 
 class Outcome(Settings):
-    aggregation: Literal["last", "mean", "min"] = "last"
-    """How token probabilities make the score of a solution."""
+    pass
 
 
 _R, _K, _S = "objectives.reward", "objectives.ranking", "objectives.process"
@@ -78,7 +78,7 @@ ENTRIES: tuple[Objective, ...] = (
     Objective("cost", f"{_R}:cost", "Cost model of Safe-RLHF: order by harm, sign by safety",
               "train-rm", "comparison", ("safety",), Cost, "score"),
     Objective("step_labels", f"{_S}:step_labels", "Process reward: class of each step at its last token",
-              "train-rm", "steps", (), StepLabels, "tokens"),
+              "train-rm", "steps", ("hard",), StepLabels, "tokens"),
     Objective("two_token", f"{_S}:two_token", "Process reward: two tokens of the vocabulary after each step",
               "train-rm", "steps", ("firm",), TwoToken, "language"),
     Objective("outcome", f"{_S}:outcome", "Outcome reward: right or wrong, predicted at every token",

@@ -37,6 +37,10 @@ class Encoder:
         """Ids of a piece of text that comes after the tokens `before`. Spelled-out added tokens are recognised."""
         return self._encode(text, before, literal=False)
 
+    def inside(self, text: str) -> list[int]:
+        """Ids of a piece of text that comes after other text."""
+        return _run(self.rest, text, literal=False)
+
     def literal(self, text: str, before: Sequence[int] = ()) -> list[int]:
         """The same, but special tokens spelled out in the text are taken as text."""
         ids = self._encode(text, before, literal=True)

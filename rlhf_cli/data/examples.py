@@ -72,6 +72,8 @@ class Ranking:
     scores: tuple[float, ...]
     """Higher is better, equal is a tie."""
     where: str
+    graded: bool = True
+    """Whether the sizes of the scores mean something, not only their order."""
 
 
 @dataclass(frozen=True)

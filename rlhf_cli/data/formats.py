@@ -84,11 +84,18 @@ def _comparison(row: Row, where: str, asked: Prompt, chosen: str, rejected: str)
     low = rows.number(row, "rejected_score", "score_rejected")
     return Comparison(
         asked, chosen, rejected, where,
-        margin=rows.number(row, "margin") or 0.0,
+        margin=_margin(row),
         scores=(high, low) if high is not None and low is not None else None,
         target=_target(row),
         safety=rows.both(row, "chosen_safe", "rejected_safe"),
     )  # fmt: skip
+
+
+def _margin(row: Row) -> float:
+    margin = rows.number(row, "margin") or 0.0
+    if margin < 0:
+        raise BadRow(f"'margin' is {margin:g}, below 0: chosen would be the worse")
+    return margin
 
 
 def _target(row: Row) -> float:

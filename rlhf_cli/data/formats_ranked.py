@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -46,7 +45,7 @@ def _judged(row: Row, where: str) -> _Judged:
     for i, j in combinations(range(len(scores)), 2):
         if completions[i] == completions[j] and scores[i] != scores[j]:
             raise BadRow("the same completion with different scores")
-    return _Judged(Ranking(asked, completions, tuple(scores), where), raw)
+    return _Judged(Ranking(asked, completions, tuple(scores), where, graded=raw is not None), raw)
 
 
 def _score_in(value: Any) -> Any:
@@ -63,9 +62,7 @@ def _score_in(value: Any) -> Any:
 def _number(value: Any, what: str) -> float:
     if not isinstance(value, (int, float)):
         raise BadRow(f"a {what} is {rows.kind_of(value)}, not a number")
-    if not math.isfinite(value):
-        raise BadRow(f"a {what} is not a finite number")
-    return float(value)
+    return rows.finite(value, f"a {what}")
 
 
 def _as_many(found: list[Any], count: int, what: str) -> list[Any]:

@@ -16,10 +16,7 @@ from rlhf_cli.errors import DataError
 
 CATEGORIES = ("type", "error type", "category")
 """Where an error may carry its category."""
-ONLY_ZERO_AND_ONE = (
-    "the labels of steps are 0 and 1 only, and 0 is read as neutral: a wrong step is -1, or false, or a probability "
-    "among others between 0 and 1"
-)
+ONLY_ZERO_AND_ONE = "the labels of steps are 0 and 1 only: 0 may mean wrong or neutral"
 
 
 # --- steps -----------------------------------------------------------------------------------------------
@@ -131,15 +128,17 @@ def _label(value: Any) -> float | None:
 
 
 def _classes(found: list[Steps], wanted: Wanted) -> Finished:
-    """Where the source has probabilities and no -1, 0 is one of them: wrong, not neutral."""
+    """Where the source has no -1 but probabilities, or an objective that knows no neutral steps, 0 means wrong. Raises
+    DataError where only 0 and 1 are left, and 0 might be neutral or wrong."""
     values = {label for one in found for label in one.labels if label is not None}
-    if -1.0 not in values and values - {0.0, 1.0}:
+    if -1.0 not in values and ("firm" in wanted.needs or values - {0.0, 1.0}):
         found = [
             Steps(one.prompt, one.steps, tuple(-1.0 if label == 0 else label for label in one.labels), one.where)
             for one in found
         ]
-    done = _separated(found, wanted)
-    return done._replace(warnings=(ONLY_ZERO_AND_ONE,)) if values == {0.0, 1.0} else done
+    elif values == {0.0, 1.0}:
+        raise DataError(ONLY_ZERO_AND_ONE, found[0].where.rpartition(":")[0], "write true and false, or 1 and -1")
+    return _separated(found, wanted)
 
 
 def _separated(found: list[Steps], wanted: Wanted) -> Finished:

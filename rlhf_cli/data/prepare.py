@@ -17,7 +17,7 @@ from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.reading import Finished, Format, Wanted
 from rlhf_cli.data.report import DataReport, SourceReport, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.rows import BadRow
-from rlhf_cli.data.suited import suited
+from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
 from rlhf_cli.errors import DataError, Problem
@@ -34,6 +34,11 @@ from rlhf_cli.recipe.schema import (
 OnBadRow = Literal["error", "drop"]
 LISTED = 20
 """How many bad rows an error names."""
+READ_FOR: dict[str, Need] = {
+    "margin": "target", "target": "target", "chosen_safe": "safety", "rejected_safe": "safety",
+    "chosen_score": "scores", "score_chosen": "scores", "rejected_score": "scores", "score_rejected": "scores",
+}  # fmt: skip
+"""What an objective must need for a column of pairs to be read."""
 LOOKED_AT = 16
 """How many rows decide the format of a source."""
 
@@ -195,11 +200,17 @@ def _read(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> _
         examples=len(items),
         kept=len(items),
         weight=settings.weight,
-        unused=() if kind == "task" else tuple(c for c in columns if c not in chosen.reads),
+        unused=() if kind == "task" else tuple(c for c in columns if not _used(c, chosen, wanted)),
         digest=digest(items),
         dropped=tally(bad + done.dropped + unused),
     )
-    return _Read(items, bad, report, tuple(f"{split} {settings.path}: {w}" for w in done.warnings))
+    warnings = (*done.warnings, *nothing_to_learn(items))
+    return _Read(items, bad, report, tuple(f"{split} {settings.path}: {w}" for w in warnings))
+
+
+def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
+    need = READ_FOR.get(column)
+    return column in chosen.reads and (need is None or need in wanted.needs)
 
 
 def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tuple[list[Any], list[Dropped], int]:

@@ -63,10 +63,21 @@ def number(row: Row, *columns: str) -> float | None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise BadRow(f"'{column}' is {kind_of(value)}, not a number")
-        if not math.isfinite(value):
-            raise BadRow(f"'{column}' is not a finite number")
-        return float(value)
+        return finite(value, f"'{column}'")
     return None
+
+
+LARGEST = 1e15
+"""Numbers beyond it are refused: their squares overflow where losses are computed."""
+
+
+def finite(value: float, what: str) -> float:
+    """The number as a float. Raises BadRow when it is not finite, or too large to compute with."""
+    if not math.isfinite(value):
+        raise BadRow(f"{what} is not a finite number")
+    if abs(value) > LARGEST:
+        raise BadRow(f"{what} is {value:g}: too large, rescale it")
+    return float(value)
 
 
 def truth(row: Row, column: str) -> bool:

@@ -75,7 +75,7 @@ def _rename(rows: Iterable[Located], source: SourceSettings) -> Iterator[Located
             if ABSENT not in values:
                 used.update(names)
                 given[ours] = values[0] if isinstance(theirs, str) else values
-        yield where, {k: v for k, v in row.items() if k not in used} | given
+        yield where, {k: v for k, v in row.items() if k not in used and k not in source.columns} | given
 
 
 ABSENT = object()

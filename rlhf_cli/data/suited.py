@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlhf_cli.data.examples import Comparison, Example, Ranking, Steps
+from rlhf_cli.data.examples import Comparison, Example, Ranking, Rated, Steps, Verdict
 from rlhf_cli.data.formats_ranked import TIED
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.reading import Wanted
@@ -31,8 +31,17 @@ def suited(items: list[Example], wanted: Wanted) -> tuple[list[Example], list[Dr
 
 
 def _wrong(item: Example, wanted: Wanted) -> str | None:
-    if not isinstance(item, Comparison):
-        return None
+    if isinstance(item, Comparison):
+        return _wrong_pair(item, wanted)
+    if isinstance(item, Steps) and "hard" in wanted.needs:
+        soft = next((label for label in item.labels if label not in (None, -1, 0, 1)), None)
+        return None if soft is None else f"a label is {soft:g}, a probability: only two_token takes those"
+    if isinstance(item, Ranking) and "grades" in wanted.needs and not item.graded:
+        return "only an order is given, and this objective computes with scores"
+    return None
+
+
+def _wrong_pair(item: Comparison, wanted: Wanted) -> str | None:
     if "scores" in wanted.needs:
         if item.scores is None:
             return "no scores of chosen and rejected (chosen_score, rejected_score)"
@@ -59,3 +68,16 @@ def _unused(item: Example, wanted: Wanted) -> str | None:
         if "strict" in wanted.needs and len(set(item.scores)) < len(item.scores):
             return "two completions have the same score"
     return None
+
+
+def nothing_to_learn(items: list[Example]) -> list[str]:
+    """A warning where all labels or scores of several examples are the same."""
+    seen: set[float | None] = set()
+    for item in items:
+        if isinstance(item, Verdict):
+            seen.add(float(item.desirable))
+        elif isinstance(item, Rated):
+            seen.add(item.score)
+        elif isinstance(item, Steps):
+            seen.update(label for label in item.labels if label is not None)
+    return ["every label is the same, so there is nothing to tell apart"] if len(items) > 1 and len(seen) == 1 else []

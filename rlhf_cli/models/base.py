@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
-from rlhf_cli.recipe.model_path import ModelPath, fingerprint, read_json, resolve_model
+from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.schema import ModelSettings
 
 if TYPE_CHECKING:
@@ -112,13 +118,17 @@ def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
         raise
 
 
-MODELS = {"policy": "a language model", "reward": "a reward model", "process": "a process reward model"}
+MODELS = {
+    "policy": "a language model", "reward": "a reward model", "cost": "a cost model, whose scores are high for harm",
+    "process": "a process reward model",
+}  # fmt: skip
 
 
-def load_text(settings: ModelSettings, role: str = "policy") -> Text:
+def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> Text:
     """Tokenizer, template and configuration of the model a recipe names.
 
-    Raises RecipeError or ModelError: not found, unfinished run, another role than `role`, no end token.
+    Raises RecipeError or ModelError: not found, unfinished run, another role than `role` (or one of `others`), no
+    end token.
     """
     quiet()
     path = resolve_model(settings.name_or_path)
@@ -131,9 +141,11 @@ def load_text(settings: ModelSettings, role: str = "policy") -> Text:
         safe["revision"] = revision
     config = _attempt("no usable config.json", source, lambda: AutoConfig.from_pretrained(source, **safe))
     architecture = (config.architectures or ["a model without a named architecture"])[0]
-    heads = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
-    found = next((r for end, r in heads.items() if path.kind == "full" and architecture.endswith(end)), path.role)
-    if found != role:
+    heads: dict[str, Kept] = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
+    found = path.role
+    if path.kind == "full" and path.run is None:
+        found = next((r for end, r in heads.items() if architecture.endswith(end)), path.role)
+    if found not in (role, *others):
         hint = "name the language model it was trained from" if role == "policy" else "train one with `rlhf train-rm`"
         message = f"this is {MODELS[found]} ({architecture}); {MODELS[role]} is wanted here"
         raise ModelError(message, settings.name_or_path, hint)
@@ -179,18 +191,26 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
 
 
 def load_base(
-    source: str, settings: ModelSettings, *, trained: bool, classifier: bool = False, revision: str | None = None
+    source: str,
+    settings: ModelSettings,
+    *,
+    trained: bool,
+    classifier: bool = False,
+    of_tokens: bool = False,
+    revision: str | None = None,
 ) -> Base:
     """The weights, on the device: in float32 when `trained` (full fine-tuning), else in the compute dtype.
 
-    Raises ModelError: missing, extra or non-finite tensors, pickled weights, remote code, no memory.
+    classifier: of sequences, or with `of_tokens` of tokens. Raises ModelError: missing, extra or non-finite tensors,
+    pickled weights, remote code, no memory.
     """
     quiet()
     device = pick_device()
     dtype = compute_dtype(settings.dtype, device)
     quantization = _quantization(settings.quantization, dtype)
     chosen = settings.attn_implementation
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kinds = AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    auto = kinds[classifier * (1 + of_tokens)]
     arguments: dict[str, Any] = {
         "dtype": torch.float32 if trained else dtype,
         "attn_implementation": None if chosen == "auto" else chosen,

@@ -87,6 +87,24 @@ def _classifier(labels: Sequence[str]) -> Any:
     return AutoModelForTokenClassification if labels else AutoModelForSequenceClassification
 
 
+def check_classifier(text: Text, labels: Sequence[str] = ()) -> None:
+    """ModelError when transformers has no classifier of this kind for the architecture, or keeps its head where peft
+    would not find it: known before training, not after it."""
+    config = copy.deepcopy(text.config)
+    config.num_labels = len(labels) or 1
+    kind = "token" if labels else "sequence"
+    hint = "use objective two_token, which needs no classifier" if labels else "start from another architecture"
+    try:
+        with torch.device("meta"):
+            shell = _classifier(labels).from_config(config)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no {kind} classifier for {config.model_type}", text.path.name, hint
+        ) from error
+    if not isinstance(getattr(shell, "score", None), torch.nn.Linear):
+        raise ModelError(f"the {kind} classifier of {config.model_type} has no `score` layer", text.path.name, hint)
+
+
 def classifier_config(role: Role, text: Text, labels: Sequence[str] = ()) -> Any:
     """The configuration of the same architecture as a classifier with one label, or with these."""
     config = copy.deepcopy(role.base.model.config)

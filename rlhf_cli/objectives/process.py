@@ -99,8 +99,6 @@ def two_token(
 def outcome(
     logit: Tensor,  # (T,) at each token of the completions
     label: Tensor,  # (T,) 1 when the completion of this token is right, else 0
-    *,
-    aggregation: str,
 ) -> Judged:
     """-y log sigmoid(z) - (1 - y) log sigmoid(-z) at every token of a completion.
 

@@ -18,8 +18,9 @@ BLOCKS = 64
 BLOCK = 64 * 2**10
 """Larger ones by this many evenly spaced blocks of this many bytes."""
 
-Role = Literal["policy", "reward", "process"]
-"""What a folder holds: a language model, a model of one score, a classifier of steps."""
+Kept = Literal["policy", "reward", "cost", "process"]
+"""What a folder holds: a language model, a model of one score (the higher the better, or a cost), a classifier of
+steps."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ModelPath:
     """Folder with the weights (`final/` of a run); None for a hub id."""
     kind: Literal["full", "adapter"]
     """What the weights are. A hub id counts as full."""
-    role: Role
+    role: Kept
     base: str | None
     """Model an adapter belongs to, or a run started from; None when not known."""
     done: bool
@@ -139,7 +140,7 @@ def _folder(name: str, path: Path, source: Literal["run", "folder"], run: dict[s
         role = run.get("role", role)
     return ModelPath(
         name, source, path, "adapter" if adapter.is_file() else "full",
-        cast("Role", role if role in get_args(Role) else "policy"), base, True, run,
+        cast("Kept", role if role in get_args(Kept) else "policy"), base, True, run,
     )  # fmt: skip
 
 

@@ -112,6 +112,8 @@ def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> Found
     if bound:
         key, words = _BOUNDS[bound.type]
         message = f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
+    elif first.type == "string_too_short":
+        message = "the text is empty"
     elif first.type == "too_short":
         least = first.context["min_length"]
         message = "the list is empty" if least == 1 else f"the list has {first.context['actual_length']} of {least}"
@@ -201,8 +203,8 @@ def _key_hint(key: str, block: Path, root: Node, stage: str) -> str:
         foreign,
         did_you_mean(key, known),
         f"it belongs to the command {' or '.join(others)}" if others else "",
-        _elsewhere(key, stage),
-        f"known here: {', '.join(known)}" if known else "",
+        _elsewhere(key, stage) if key not in blocks_of(stage) else "",
+        f"known here: {', '.join(k for k in known if k != 'name')}" if set(known) - {"name"} else "",
     )
     return next(filter(None, guesses), "")
 
@@ -238,8 +240,12 @@ def _contradiction(complaint: _Complaint) -> Found:
 def _wrong_objectives(root: Node, stage: str) -> list[Found]:
     """Names of objectives that do not exist or belong to another command, alone or in a mix."""
     block = entries(root).get("objective")
-    found = [_wrong_objective(entries(block).get("name"), ("objective", "name"), stage)]
-    terms = entries(block).get("terms")
+    name, terms = (entries(block).get(key) for key in ("name", "terms"))
+    if name and terms:
+        return [
+            _found(name.place, ("objective", "name"), "give a name or terms, not both: a mix has no name of its own")
+        ]
+    found = [_wrong_objective(name, ("objective", "name"), stage)]
     for i, term in enumerate(terms.value if terms and isinstance(terms.value, list) else []):
         found.append(_wrong_objective(entries(term).get("name"), ("objective", "terms", i, "name"), stage))
     return [one for one in found if one]

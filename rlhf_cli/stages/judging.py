@@ -55,6 +55,8 @@ class Whole(NamedTuple):
 
     judged: Judged
     slope: Tensor  # (B, W, C) gradient of the summed loss by each number
+    running: dict[int, Tensor]
+    """Rewards (B, W) of the terms that have running means."""
 
 
 class Judge:
@@ -101,7 +103,8 @@ class Judge:
             if whole is None:
                 judged, rewards = self._judge(numbers, batch.numbers.get("reference"), own, kl)
             else:
-                judged, rewards = _example_by_example(whole, numbers, group), {}
+                judged = _example_by_example(whole, numbers, group)
+                rewards = {i: of[group].to(numbers) for i, of in whole.running.items()}
             return self._losses(judged, rewards, numbers, own, kl)
 
         return loss, counts, prepare if self.reference is not None else None
@@ -125,8 +128,11 @@ class Judge:
         good = float(sum(s.numbers.get("desirable", 1.0) for s in samples))
         bad = len(samples) - good if self.kind == "verdict" else float(len(samples))
         for i, state in self.running.items() if trained else ():
-            means = (metrics.get(f"running-{i}/{side}", 0.0) for side in ("chosen", "rejected"))
-            state.update(next(means), good, next(means), bad)
+            chosen, rejected = (
+                metrics[f"running-{i}/{side}"] if count else 0.0
+                for side, count in (("chosen", good), ("rejected", bad))
+            )
+            state.update(chosen, good, rejected, bad)
         if self.kind == "verdict" and {"rewards/chosen", "rewards/rejected"} <= set(shown):
             shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
         return shown
@@ -168,15 +174,11 @@ class Judge:
 
     def _kl_point(self, samples: Sequence[Sample]) -> Tensor:
         """KTO's estimate of KL(policy || reference) over a whole step: the mean log-ratio of completions set under
-        another row's prompt (its end, where both are too long), not below zero. A step of one row has no other: 0."""
-        if len(samples) < 2:
-            return torch.zeros(())
+        another row's prompt (its end, where both are too long), not below zero; 0 when no row has another prompt."""
         assert self.reference is not None
-        turned, longest = [*samples[1:], samples[0]], self.engine.recipe.data.max_length
-        mismatched = [
-            Sample(own.prompt[-(longest - len(other.completions[0].ids)) :], other.completions, {}, own.where)
-            for own, other in zip(samples, turned, strict=True)
-        ]
+        mismatched = strangers(samples, self.engine.recipe.data.max_length)
+        if not mismatched:
+            return torch.zeros(())
         means = []
         for role in (self.policy, self.reference):
             parts = self.engine.infer(role, mismatched, partial(self._ask, role), "sequence")
@@ -193,9 +195,9 @@ class Judge:
         parts = self.engine.infer(self.policy, samples, partial(self._ask, self.policy), "sequence")
         numbers = torch.stack(parts).cpu().requires_grad_()
         with torch.enable_grad():
-            judged, _ = self._judge(numbers, memory["logp"][index], known, None)
+            judged, running = self._judge(numbers, memory["logp"][index], known, None)
             (slope,) = torch.autograd.grad(judged.loss.sum(), numbers)
-        return Whole(judged._replace(loss=judged.loss.detach()), slope)
+        return Whole(judged._replace(loss=judged.loss.detach()), slope, running)
 
     # --- what the objectives say ---------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class Judge:
         said = [t.judge(*self._given(t, i, numbers, reference, known, kl)) for i, t in enumerate(self.terms)]
         weights = [term.weight for term in self.terms]
         judged = Judged(
-            torch.stack([w * j.loss for w, j in zip(weights, said, strict=True)]).sum(0),
+            torch.stack([w * j.loss.to(numbers.dtype) for w, j in zip(weights, said, strict=True)]).sum(0),
             said[0].rewards,
             sum(w * j.likelihood for w, j in zip(weights, said, strict=True)),
         )
@@ -225,7 +227,7 @@ class Judge:
         if entry.data == "verdict":
             given.append(known.desirable)
         if "scores" in entry.needs:
-            given.append(known.scores.to(numbers.dtype))
+            given.append(known.scores)
         if "kl_point" in entry.needs:
             assert kl is not None
             given.append(kl.to(device))
@@ -259,6 +261,19 @@ class Judge:
         return Losses(sums, metrics)
 
 
+def strangers(samples: Sequence[Sample], max_length: int) -> list[Sample]:
+    """Each row's prompt with the completion of the next row that has another prompt; rows without one are left out."""
+    found, prompts = [], [own.prompt.tobytes() for own in samples]
+    for i, own in enumerate(samples):
+        others = (
+            samples[j % len(samples)] for j in range(i + 1, i + len(samples)) if prompts[j % len(samples)] != prompts[i]
+        )
+        if (other := next(others, None)) is not None:
+            room = max_length - len(other.completions[0].ids)
+            found.append(Sample(own.prompt[-room:], other.completions, {}, own.where))
+    return found
+
+
 def _laid_out(numbers: Tensor, present: Tensor) -> Tensor:
     """(N, C) by completion -> (B, W, C), zeros where there is no completion."""
     out = numbers.new_zeros(*present.shape, numbers.shape[1])
@@ -271,7 +286,7 @@ def _single(numbers: Tensor, known: Facts) -> Tensor:
 
 
 def _ranked(numbers: Tensor, known: Facts) -> Ranked:
-    return Ranked(numbers[:, :, 0], known.length, known.gold.to(numbers.dtype), known.present)
+    return Ranked(numbers[:, :, 0], known.length, known.gold, known.present)
 
 
 def _example_by_example(whole: Whole, numbers: Tensor, group: Sequence[int]) -> Judged:

@@ -30,6 +30,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
     data = common.read_data(recipe, terms[0].entry.data, text, display, needs=setup.needs(terms))
     setup.check_step(terms, recipe, data)
     setup.check_scores(terms, [*data.train, *(data.eval or [])])
+    setup.check_scale(terms, data.train)
     named = setup.named_reference(recipe, text)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     if options.dry_run:

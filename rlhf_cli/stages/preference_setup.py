@@ -36,16 +36,38 @@ def check_step(terms: Sequence[Term], recipe: Any, data: Prepared) -> None:
 
 
 def check_scores(terms: Sequence[Term], samples: Sequence[Sample]) -> None:
-    """DataError naming the first row whose scores an objective refuses: it is tried on each before a model loads."""
-    one = torch.ones(1)
-    pair = Pair(-one, -one, one, one)
+    """DataError naming the first row whose scores an objective refuses: it is tried on all before a model loads."""
     for term in (term for term in terms if "scores" in term.entry.needs):
+        pairs = [(s.numbers["chosen_score"], s.numbers["rejected_score"]) for s in samples]
+        scores = torch.tensor(pairs, dtype=torch.float64)  # (B, 2)
+        if _refusal(term, scores) is None:
+            continue
+        for sample, one in zip(samples, scores, strict=True):
+            if (error := _refusal(term, one[None])) is not None:
+                raise DataError(f"{error} ({one[0]:g}, {one[1]:g})", sample.where) from error
+
+
+def check_scale(terms: Sequence[Term], samples: Sequence[Sample]) -> None:
+    """RecipeError when ratings lie further apart than the scale that an objective was told."""
+    for scale in (t.settings["rating_scale"] for t in terms if "rating_scale" in t.settings):
         for sample in samples:
-            scores = torch.tensor([[sample.numbers["chosen_score"], sample.numbers["rejected_score"]]])
-            try:
-                term.judge(pair, pair, scores)
-            except ValueError as error:
-                raise DataError(f"{error} ({scores[0, 0]:g}, {scores[0, 1]:g})", sample.where) from error
+            gold = [c.gold for c in sample.completions]
+            if max(gold) - min(gold) > scale:
+                raise RecipeError(
+                    f"ratings lie up to {max(gold) - min(gold):g} apart ({sample.where}), on a scale of {scale:g}",
+                    "objective.rating_scale", "give the largest possible gap of two ratings",
+                )  # fmt: skip
+
+
+def _refusal(term: Term, scores: torch.Tensor) -> ValueError | None:
+    """What the objective says against scores (B, 2), if anything."""
+    one = torch.ones(len(scores))
+    pair = Pair(-one, -one, one, one)
+    try:
+        term.judge(pair, pair, scores)
+    except ValueError as error:
+        return error
+    return None
 
 
 def named_reference(recipe: Any, text: Text) -> Text | None:

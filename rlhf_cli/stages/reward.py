@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.checks import rounds
-from rlhf_cli.models.save import open_reward, pad_id, save_policy, save_reward
+from rlhf_cli.models.save import check_classifier, open_reward, pad_id, save_policy, save_reward
 from rlhf_cli.recipe.schema import RewardRecipe
 from rlhf_cli.rollouts.rewards import STATISTICS
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import common
-from rlhf_cli.stages.scoring import Scoring, answers, open_scoring
+from rlhf_cli.stages.scoring import Scoring, answers, labels_of, open_scoring
 from rlhf_cli.train.engine import Engine
 
 STATISTICS_ROWS = 1024
@@ -43,6 +44,8 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
     text = load_text(recipe.model)
     entry, settings = OBJECTIVES[recipe.objective.name], common.settings_of(recipe.objective)
     tokens = answers(entry, settings, text)
+    if entry.head != "language":
+        check_classifier(text, labels_of(settings))
     data = common.read_data(recipe, entry.data, text, display, needs=entry.needs)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     if options.dry_run:
@@ -63,8 +66,7 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
         return {f"eval/{k}": v for k, v in metrics.items()}
 
     engine.evaluate = evaluate
-    kept_as = "process" if scoring.labels else "policy" if scoring.tokens else "reward"
-    common.begin(engine, data, lineage(scoring.role, text, role=kept_as))
+    common.begin(engine, data, lineage(scoring.role, text, role=scoring.kept_as))
     engine.fit(step)
     common.finish(
         engine,
@@ -83,7 +85,14 @@ def save(engine: Engine, scoring: Scoring, text: Text, data: Prepared, folder: P
     parts = engine.infer(scoring.role, rows, scoring.scores, "sequence")
     scores = torch.cat(parts).double().cpu().numpy()
     mean, std = float(scores.mean()), float(scores.std())
-    statistics = {"mean": mean, "std": max(std, 1e-6), "completions": len(scores), "held_out": bool(data.eval)}
+    statistics: dict[str, Any] = {
+        "mean": mean,
+        "std": max(std, 1e-6),
+        "completions": len(scores),
+        "held_out": bool(data.eval),
+    }
+    if scoring.labels:
+        statistics["classes"] = list(scoring.labels)
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 

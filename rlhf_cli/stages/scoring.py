@@ -54,6 +54,13 @@ class Scoring:
             return self._outcome, {"token": float(sum(s.completions[0].scored.sum() for s in samples))}
         return self._steps, {"step": float(sum(self._kept(_step_labels(s)).sum() for s in samples))}
 
+    @property
+    def kept_as(self) -> str:
+        """What later stages may take the trained model for."""
+        if self.labels or self.tokens:
+            return "process" if self.labels else "policy"
+        return "cost" if "safety" in self.entry.needs else "reward"
+
     def scores(self, batch: Batch) -> Tensor:
         """One number for each completion: (N,); of steps their aggregated probability of being right."""
         if self.entry.data != "steps":
@@ -90,7 +97,7 @@ class Scoring:
         scores = self.role.score(batch)
         laid = scores.new_zeros(known.present.shape)
         laid[known.present] = scores
-        judged = self.objective(Ranked(laid, known.length, known.gold.to(laid.dtype), known.present), **self.settings)
+        judged = self.objective(Ranked(laid, known.length, known.gold, known.present), **self.settings)
         right, pairs = ordered_pairs(judged.rewards, known)
         prompts = float(len(laid))
         top = judged.rewards.masked_fill(~known.present, float("-inf")).argmax(1)
@@ -141,7 +148,7 @@ class Scoring:
     def _outcome(self, batch: Batch, group: list[int]) -> Losses:
         label = (batch.numbers["desirable"] > 0.5).float()  # (B,) = (N,)
         judged = self.objective(self.role.classes(batch)[:, 0], label[batch.owners], **self.settings)
-        scores = aggregate(judged.rewards[:, 0], batch.owners, batch.sequences, self.settings["aggregation"])
+        scores = aggregate(judged.rewards[:, 0], batch.owners, batch.sequences, "last")
         tokens, rows = float(len(judged.loss)), float(len(label))
         return Losses({"token": judged.loss.sum()}, {
             "tokens/accuracy": (((judged.rewards[:, 0] > 0.5) == (label[batch.owners] > 0.5)).sum(), tokens),
@@ -166,7 +173,7 @@ def answers(entry: Objective, settings: dict[str, Any], text: Text) -> tuple[int
         return ()
     found = []
     for key in ("good", "bad"):
-        ids = text.tokenizer.encode(settings[key], add_special_tokens=False)
+        ids = text.template.encoder.inside(settings[key])
         if len(ids) != 1:
             raise RecipeError(
                 f"'{settings[key]}' is {len(ids)} tokens of this vocabulary, not one", f"objective.{key}",
@@ -182,5 +189,10 @@ def open_scoring(entry: Objective, settings: dict[str, Any], policy: Role, token
     """The policy's weights as a reward model of this kind, untrained."""
     if entry.head == "language":
         return Scoring(entry, settings, policy, tokens=tokens)
-    labels = CLASSES[settings["classes"]] if "classes" in settings else ()
+    labels = labels_of(settings)
     return Scoring(entry, settings, with_head(policy, "reward", len(labels) or 1), labels)
+
+
+def labels_of(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the classes that a token classifier tells apart; none for a model of one score."""
+    return CLASSES[settings["classes"]] if "classes" in settings else ()

@@ -38,7 +38,7 @@ CASES: list[tuple[str, str, dict[str, Any], list[Any]]] = [
         "ranking",
         "ranking",
         {"prompt": "q", "completions": FOUR[:3], "ranks": [2, 1, 2]},
-        [Ranking("q", ("a", "b", "c"), (-2.0, -1.0, -2.0), W)],
+        [Ranking("q", ("a", "b", "c"), (-2.0, -1.0, -2.0), W, graded=False)],
     ),
     # Pairs ab ac ad bc bd cd: a ties b, c beats a, a beats d, b ties c, b ties d, c ties d.
     # a = 1/2 + 0 + 1, b = 1/2 + 1/2 + 1/2, c = 1 + 1/2 + 1/2, d = 0 + 1/2 + 1/2
@@ -46,13 +46,13 @@ CASES: list[tuple[str, str, dict[str, Any], list[Any]]] = [
         "ranking",
         "ranking",
         {"prompt": "q", "completions": FOUR, "preferences": [0, 2, 1, 0, 0, 0]},
-        [Ranking("q", ("a", "b", "c", "d"), (1.5, 1.5, 2.0, 1.0), W)],
+        [Ranking("q", ("a", "b", "c", "d"), (1.5, 1.5, 2.0, 1.0), W, graded=False)],
     ),
     (
         "ranking",
         "ranking",
         {"prompt": "q", "completions": FOUR[:3], "best": 0},
-        [Ranking("q", ("a", "b", "c"), (1.0, 0.0, 0.0), W)],
+        [Ranking("q", ("a", "b", "c"), (1.0, 0.0, 0.0), W, graded=False)],
     ),
     ("ranking", "ranking", {"prompt": "q", "completions": OBJECTS}, [Ranking("q", ("a", "b"), (1.0, 0.0), W)]),
     (

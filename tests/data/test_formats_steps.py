@@ -232,7 +232,15 @@ def test_zero_is_wrong_among_probabilities_and_neutral_among_classes() -> None:
     assert labels_of((0.0, 0.5), (1.0, None)) == ([(-1.0, 0.5), (1.0, None)], ())
     assert labels_of((0.0, 1.0), (-1.0,)) == ([(0.0, 1.0), (-1.0,)], ())
     assert labels_of((1.0, -1.0)) == ([(1.0, -1.0)], ())
-    assert labels_of((0.0,), (1.0,)) == ([(0.0,), (1.0,)], (ONLY_ZERO_AND_ONE,))
+    with pytest.raises(DataError, match=ONLY_ZERO_AND_ONE):
+        labels_of((0.0,), (1.0,))
+
+
+def test_zero_is_wrong_where_nothing_is_neutral() -> None:
+    done = finish("steps", [Steps("q", ("a", "b"), (0.0, 1.0), W)], needs=("firm",))
+    assert done.items[0].labels == (-1.0, 1.0)
+    done = finish("steps", [Steps("q", ("a", "b", "c"), (0.0, 1.0, -1.0), W)], needs=("firm",))
+    assert done.items[0].labels == (0.0, 1.0, -1.0)
 
 
 # --- spans -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,7 +226,8 @@ def test_spread_and_tally() -> None:
 def test_check_data_of_each_kind_of_recipe(jsonl: Write) -> None:
     pairs = jsonl(pair(chosen_score=1, rejected_score=2))
     lines = check_data(recipe("dpo", data={"train": pairs}, objective={"name": "dpo"}))
-    assert lines[0] == f"train {pairs}: format preference (detected), 1 rows, 1 examples kept"
+    read = f"train {pairs}: format preference (detected), 1 rows, 1 examples kept"
+    assert lines[0] == f"{read}, columns not used: chosen_score, rejected_score"
     assert "lengths not checked" in lines[-1]
     with pytest.raises(DataError, match="labels contradict scores"):
         check_data(recipe("dpo", data={"train": pairs}, objective={"name": "odpo"}))
@@ -248,7 +250,7 @@ def test_what_a_recipe_needs(jsonl: Write) -> None:
     assert needed("train-rm", {"name": "bradley_terry"}) == ("comparison", ("target",))
     assert needed("train-rm", {"name": "cost"}) == ("comparison", ("safety",))
     assert needed("train-rm", {"name": "choice"}) == ("ranking", ("best",))
-    assert needed("train-rm", {"name": "step_labels"}) == ("steps", ())
+    assert needed("train-rm", {"name": "step_labels"}) == ("steps", ("hard",))
     mix = {"terms": [{"name": "dpo"}, {"name": "sft"}, {"name": "odpo"}]}
     assert needed("dpo", mix) == ("comparison", ("reference", "scores"))
     assert data_needs(recipe("ppo", data={"train": path}, rewards=[{"function": "f.py:f"}])) == ("task", ())
@@ -305,3 +307,43 @@ def test_neutral_steps_where_only_firm_ones_count(jsonl: Write) -> None:
     assert dropped == {"neutral steps of a solution": 2, "no step with a label": 1}
     whole, _ = load_examples([source(path)], "steps")
     assert [item.labels for item in whole.items if isinstance(item, Steps)] == [(1.0, 0.0, -1.0), (0.0,)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "need", "row", "said"),
+    [
+        ("steps", "hard", {"prompt": "q", "steps": ["x", "y"], "labels": [0.3, 1]}, "a label is 0.3, a probability"),
+        ("ranking", "grades", {"prompt": "q", "completions": ["x", "y"], "ranks": [1, 2]}, "only an order is given"),
+        ("comparison", "target", pair(margin=-1), "'margin' is -1, below 0"),
+        ("comparison", "scores", pair(chosen_score=1e300, rejected_score=0), "'chosen_score' is 1e+300: too large"),
+        ("ranking", "grades", {"prompt": "q", "completions": ["x", "y"], "scores": [1e20, 2]}, "a score is 1e+20: too"),
+    ],
+)
+def test_rows_an_objective_cannot_take(jsonl: Write, kind: Any, need: Any, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        load_examples([source(jsonl(row))], kind, wanted=Wanted((need,)))
+
+
+def test_a_mapped_column_that_is_missing_is_not_replaced_by_ours(jsonl: Write) -> None:
+    path = jsonl(pair() | {"good_answer": "c"})
+    with pytest.raises(DataError, match=r"no column 'good_anwser' .wanted as chosen.*did you mean 'good_answer'"):
+        load_examples([source(path, columns={"chosen": "good_anwser"})], "comparison")
+
+
+def test_columns_are_used_only_where_the_objective_reads_them(jsonl: Write) -> None:
+    path = jsonl(pair(margin=1, target=0.9, chosen_score=2, rejected_score=1))
+    for needs, unused in (
+        ((), {"margin", "target", "chosen_score", "rejected_score"}),
+        (("target",), {"chosen_score", "rejected_score"}),
+        (("scores",), {"margin", "target"}),
+    ):
+        _, report = load_examples([source(path)], "comparison", wanted=Wanted(needs))
+        assert set(report.sources[0].unused) == unused
+
+
+def test_data_that_teach_nothing_are_warned_of(jsonl: Write) -> None:
+    wanted = {"prompt": "q", "completion": "a", "label": True}
+    _, report = load_examples([source(jsonl(wanted, wanted | {"completion": "b"}))], "verdict")
+    assert any("every label is the same" in line for line in report.lines())
+    _, report = load_examples([source(jsonl(wanted, wanted | {"completion": "b", "label": False}))], "verdict")
+    assert not any("every label is the same" in line for line in report.lines())

@@ -137,19 +137,19 @@ def check_two_token_limits(m: Any) -> None:
 
 def check_outcome_by_hand(m: Any) -> None:
     z, labels = leaf(doubles(2, 2, -1)), doubles(1, 0, 0.5)
-    judged = m.outcome(z, labels, aggregation="last")
+    judged = m.outcome(z, labels)
     close(judged.loss, [0.1269280, 2.1269280, (softplus(1) + softplus(-1)) / 2], 1e-7)
     close(judged.rewards, [[sigma(2)], [sigma(2)], [sigma(-1)]])
     assert not judged.rewards.requires_grad
     assert judged.likelihood == 0
     close(gradients(judged.loss, z)[0], [sigma(2) - 1, sigma(2), sigma(-1) - 0.5])
-    assert differentiates(lambda x: m.outcome(x, labels, aggregation="last").loss, doubles(0.5, -1, 3))
+    assert differentiates(lambda x: m.outcome(x, labels).loss, doubles(0.5, -1, 3))
 
 
 def check_outcome_limits(m: Any) -> None:
-    close(m.outcome(torch.zeros(2), torch.tensor([1.0, 0.0]), aggregation="last").loss, [LOG2, LOG2])
+    close(m.outcome(torch.zeros(2), torch.tensor([1.0, 0.0])).loss, [LOG2, LOG2])
     z = leaf(torch.tensor([1e4, 1e4, -1e4, -89.0]))
-    judged = m.outcome(z, torch.tensor([1.0, 0.0, 0.0, 1.0]), aggregation="last")
+    judged = m.outcome(z, torch.tensor([1.0, 0.0, 0.0, 1.0]))
     assert holds(judged, [z])
     close(judged.loss, [0.0, 1e4, 0.0, 89.0])
 
@@ -162,7 +162,7 @@ def check_process_half_precision(m: Any) -> None:
             m.step_labels(z[:, :2], y, **BINARY),
             m.step_labels(z, y, **THREE),
             m.two_token(z[:, :2], y / 2, **TOKENS),
-            m.outcome(z[:, 0], y.clamp(min=0.25), aggregation="last"),
+            m.outcome(z[:, 0], y.clamp(min=0.25)),
         ]
 
     for half in (torch.bfloat16, torch.float16):
