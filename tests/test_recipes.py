@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 FOUND = sorted((ROOT / "recipes").rglob("*.yaml"))
 SHIPPED = {str(path.relative_to(ROOT / "recipes")): path for path in FOUND}
 KINDS = {"demonstration": "chat", "comparison": "pairs", "verdict": "verdicts", "task": "prompts"}
-JUDGED = {kind: kind for kind in w.JUDGED} | {"strict-rankings": "strict"}
-"""The demo's files of other kinds, and what the toy task calls them."""
+JUDGED = {kind: kind for kind in w.JUDGED}
+JUDGED |= {"strict-rankings": "strict", "gsm8k": "questions", "PKU-SafeRLHF": "safety"}
+"""Data of other kinds, and what the toy task calls them."""
 Make = Callable[[str], Path]
 
 

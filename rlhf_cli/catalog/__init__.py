@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from rlhf_cli.catalog import policy, preference, reward
+from rlhf_cli.catalog import policy, preference, reward, rules
 from rlhf_cli.catalog.entries import (
     NEEDS,
     Controller,
@@ -26,11 +26,13 @@ from rlhf_cli.catalog.entries import (
     Share,
     Stage,
 )
+from rlhf_cli.catalog.rules import Rule
 from rlhf_cli.errors import RecipeError, did_you_mean
 
 __all__ = [
-    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "STAGES", "Controller", "Data", "Entry", "Estimator", "Finite",
-    "Head", "Need", "NonNegative", "Objective", "Positive", "Settings", "Share", "Stage", "look_up", "objectives_of",
+    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "REWARDS", "STAGES", "Controller", "Data", "Entry", "Estimator",
+    "Finite", "Head", "Need", "NonNegative", "Objective", "Positive", "Rule", "Settings", "Share", "Stage", "look_up",
+    "objectives_of",
 ]  # fmt: skip
 
 E = TypeVar("E", bound=Entry)
@@ -38,6 +40,7 @@ E = TypeVar("E", bound=Entry)
 OBJECTIVES = {o.name: o for o in (*reward.ENTRIES, *preference.ENTRIES)}
 ESTIMATORS = {e.name: e for e in policy.ESTIMATORS}
 CONTROLLERS = {c.name: c for c in policy.CONTROLLERS}
+REWARDS = {r.name: r for r in rules.RULES}
 STAGES = {
     s.name: s
     for s in (

@@ -101,6 +101,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a step without an update is no mistake
 
 
 def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:

@@ -14,6 +14,7 @@ from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.roles import Role, disable_dropout
+from rlhf_cli.recipe.model_path import Kept
 from rlhf_cli.recipe.schema import ModelSettings, Recipe
 from rlhf_cli.runs.display import Display
 
@@ -78,21 +79,38 @@ def check_base(text: Text, base: Base) -> None:
         )  # fmt: skip
 
 
-def load_reference(policy: Role, text: Text) -> tuple[Role, str]:
+def load_reference(policy: Role, text: Text, *, moves: bool = False) -> tuple[Role, str]:
     """The frozen model the policy starts from, and in words which one that is.
 
-    Under LoRA: the base with adapters off, or a frozen copy of the adapter the policy started from. Else a frozen copy
-    of the whole model, in the compute dtype.
+    Under LoRA: the base with adapters off, or a frozen copy of the adapter the policy started from; always such a copy
+    when the reference `moves`. Else a frozen copy of the whole model, in the compute dtype.
     """
     base = policy.base
     if policy.adapter is None:
         return Role("reference", _frozen_copy(base)), f"a frozen copy of {text.path.name}"
-    if text.path.kind == "full":
+    if text.path.kind == "full" and not moves:
         return Role("reference", base), f"{text.source} with adapters off"
     config = copy.deepcopy(adapters.adapter_config(base, policy.adapter))
     tensors = {k: v.detach().clone() for k, v in adapters.adapter_tensors(base, policy.adapter).items()}
     adapters.add_adapter(base, "reference", config, tensors)
-    return Role("reference", base, "reference"), f"a frozen copy of the adapter in {text.path.name}"
+    words = "a copy of the policy's fresh adapter" if text.path.kind == "full" else "a frozen copy of the adapter"
+    return Role("reference", base, "reference"), f"{words} in {text.path.name}"
+
+
+def weights_of(role: Role) -> dict[str, torch.Tensor]:
+    """The tensors that tell a role from others of its kind: of its adapter, or of the whole model. Views."""
+    if role.adapter is not None:
+        return adapters.adapter_tensors(role.base, role.adapter)
+    return {name: parameter.detach() for name, parameter in role.base.model.named_parameters()}
+
+
+def move(reference: Role, policy: Role, alpha: float) -> None:
+    """reference <- (1 - alpha) reference + alpha policy, tensor by tensor."""
+    new = weights_of(policy)
+    with torch.no_grad():
+        for name, tensor in weights_of(reference).items():
+            mixed = (1.0 - alpha) * tensor.float() + alpha * new[name].float()
+            tensor.copy_(mixed)
 
 
 def _frozen_copy(base: Base) -> Base:
@@ -114,6 +132,16 @@ def scalar_head(base: Base, weight: torch.Tensor | None = None, bias: float | No
     return head
 
 
+def with_values(policy: Role, outputs: int) -> Role:
+    """The policy with a zero head for so many values on its own hidden states."""
+    size = policy.base.model.config.get_text_config().hidden_size
+    head = nn.Linear(size, outputs, device=policy.base.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    return Role(policy.name, policy.base, policy.adapter, trained=True, value_head=head)
+
+
 def with_head(policy: Role, name: str, outputs: int = 1) -> Role:
     """The policy's weights under a zero head: a reward model before training. Several outputs are classes of tokens,
     and then the head has a bias, as token classifiers have."""
@@ -128,17 +156,21 @@ def with_head(policy: Role, name: str, outputs: int = 1) -> Role:
 
 
 def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | None) -> Role:
-    """A finished model as a frozen role: on `shared` when that holds its base weights, else on a base of its own."""
-    reward = text.path.role == "reward" or (text.config.architectures or [""])[0].endswith("ForSequenceClassification")
+    """A finished model as a frozen role: on `shared` when that holds its base weights, else on a base of its own.
+
+    Reward models get their head of one output, process reward models theirs of several, with its bias.
+    """
+    kind = kind_of(text)
     if text.path.kind == "full":
-        if shared is not None and not reward and shared.peft is not None and text.source == shared.source:
+        if shared is not None and kind == "policy" and shared.peft is not None and text.source == shared.source:
             return Role(name, shared)
-        base = load_base(text.source, settings, trained=False, classifier=reward, revision=text.revision)
+        base = load_base(text.source, settings, trained=False, classifier=kind != "policy",
+                         of_tokens=kind == "process", revision=text.revision)  # fmt: skip
         base.packed = allows_packing(base)
         disable_dropout(base)
-        if not reward:
+        if kind == "policy":
             return Role(name, base)
-        return Role(name, base, None, scalar_head(base, _score_weight(base, text)))
+        return Role(name, base, None, _head(base, *_score_layer(base, text, several=kind == "process")))
     config, tensors = adapters.read_adapter(str(text.path.weights))
     fits = shared is not None and _same_base(text, shared)
     base = (
@@ -151,11 +183,29 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     check_base(text, base)
     adapters.add_adapter(base, name, config, tensors)
     disable_dropout(base)
-    if not reward:
+    if kind == "policy":
         return Role(name, base, name)
     if adapters.SCORE not in tensors:
         raise ModelError(f"the reward adapter has no tensor {adapters.SCORE}", str(text.path.weights))
-    return Role(name, base, name, scalar_head(base, tensors[adapters.SCORE].to(base.device)))
+    bias = tensors.get(f"{adapters.SCORE_LAYER}.bias") if kind == "process" else None
+    return Role(name, base, name, _head(base, tensors[adapters.SCORE], bias))
+
+
+def kind_of(text: Text) -> Kept:
+    """policy, reward, cost or process: what a finished model is, by its architecture or its adapter."""
+    architecture = (text.config.architectures or [""])[0]
+    ends: dict[str, Kept] = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
+    return next((kind for end, kind in ends.items() if architecture.endswith(end)), text.path.role)
+
+
+def _head(base: Base, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A head of given weights (C, H) and, when there is one, bias (C,), float32."""
+    head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=base.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+    return head
 
 
 def _same_base(text: Text, shared: Base) -> bool:
@@ -166,11 +216,14 @@ def _same_base(text: Text, shared: Base) -> bool:
     return known == shared.fingerprint if known else text.source == shared.source
 
 
-def _score_weight(base: Base, text: Text) -> torch.Tensor:
+def _score_layer(base: Base, text: Text, *, several: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a classifier's head; a reward model's has one output and its bias is not read."""
     score = getattr(base.model, "score", None)
-    if not isinstance(score, nn.Linear) or score.weight.shape[0] != 1:
-        raise ModelError("no `score` layer with one output", text.path.name, "a reward model has num_labels 1")
-    return score.weight.detach().float()
+    if not isinstance(score, nn.Linear) or (score.weight.shape[0] == 1) == several:
+        wanted = "several outputs" if several else "one output"
+        hint = "a process reward model has two or three labels" if several else "a reward model has num_labels 1"
+        raise ModelError(f"no `score` layer with {wanted}", text.path.name, hint)
+    return score.weight.detach().float(), score.bias.detach().float() if several and score.bias is not None else None
 
 
 def lineage(policy: Role, text: Text, **more: Any) -> dict[str, Any]:

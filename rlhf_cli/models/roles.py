@@ -41,6 +41,8 @@ class Role:
     trained: bool = False
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     """What an optimiser may change, by name. Explicit, never read off requires_grad."""
+    value_head: nn.Linear | None = None
+    """A head (float32) for values beside the language head: the critic on the policy's own trunk."""
 
     def __post_init__(self) -> None:
         if self.trained:
@@ -49,8 +51,9 @@ class Role:
             else:
                 unused = set() if self.head is None else {id(p) for p in _other_heads(self.base)}
                 self.parameters = [(n, p) for n, p in self.base.model.named_parameters() if id(p) not in unused]
-            if self.head is not None:
-                self.parameters += [(f"head.{n}", p) for n, p in self.head.named_parameters()]
+            for name, head in (("head", self.head), ("value_head", self.value_head)):
+                if head is not None:
+                    self.parameters += [(f"{name}.{n}", p) for n, p in head.named_parameters()]
 
     @contextmanager
     def active(self, *, train: bool = False) -> Iterator[None]:
@@ -97,15 +100,37 @@ class Role:
 
     def logp(self, batch: Batch, temperature: float = 1.0, *, statistics: Statistics = "usual") -> TokenLogp:
         """Log-probability, and the statistics asked for, of each scored token: (T,), float32."""
-        hidden = self.hidden(batch)[batch.predictors]
+        return self._logp(self.hidden(batch), batch, temperature, statistics)
+
+    def _logp(self, hidden: Tensor, batch: Batch, temperature: float, statistics: Statistics) -> TokenLogp:
         ids = batch.ids.view(-1)[batch.targets]
         return token_logp(
-            hidden, self.base.logits, ids, temperature, vocabulary=self.base.vocabulary, statistics=statistics
-        )
+            hidden[batch.predictors], self.base.logits, ids, temperature,
+            vocabulary=self.base.vocabulary, statistics=statistics,
+        )  # fmt: skip
 
     def values(self, batch: Batch) -> Tensor:
         """Value of the state before each scored token: (T,), float32."""
         return self._scalar(self.hidden(batch)[batch.predictors])
+
+    def values_around(self, batch: Batch) -> Tensor:
+        """Values of the states before and after each scored token: (T, 2), float32."""
+        hidden = self.hidden(batch)
+        return torch.stack([self._scalar(hidden[batch.predictors]), self._scalar(hidden[batch.targets])], dim=1)
+
+    def logp_and_values(
+        self, batch: Batch, temperature: float, *, detach: bool = False, around: bool = False
+    ) -> tuple[TokenLogp, Tensor]:
+        """`logp` and the K values of the own value head, from one forward: of the state before each scored token
+        (T, K) or, with `around`, of those before and after it (T, 2 K). detach: no gradient of the values reaches the
+        trunk."""
+        if self.value_head is None:
+            raise RoleError(f"{self.name} has no value head")
+        hidden = self.hidden(batch)
+        seen = hidden.detach() if detach else hidden
+        places = (batch.predictors, batch.targets) if around else (batch.predictors,)
+        values = torch.cat([self._through(self.value_head, seen[at]) for at in places], dim=1)
+        return self._logp(hidden, batch, temperature, "usual"), values
 
     def score(self, batch: Batch) -> Tensor:
         """Score of each sequence, read at its last token: (N,), float32."""
@@ -133,8 +158,12 @@ class Role:
     def _head(self, hidden: Tensor) -> Tensor:
         if self.head is None:
             raise RoleError(f"{self.name} has no head of its own")
+        return self._through(self.head, hidden)
+
+    def _through(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         with torch.autocast(self.base.device.type, enabled=False):
-            return self.head(hidden.float())
+            out: Tensor = head(hidden.float())
+            return out
 
     def backward(self, loss: Tensor) -> None:
         """loss.backward(), while this role is active; afterwards other roles may start."""

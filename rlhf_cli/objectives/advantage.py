@@ -202,6 +202,26 @@ def remax(
     return Estimate(torch.where(mask, advantages, torch.zeros_like(to_go)), _to_go(rewards, mask, 1.0)[0])
 
 
+def bootstrapped(
+    rewards: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    last_values: Tensor,  # (B,) value of the state after each row's last token
+    cut: Tensor,  # (B,) bool: rows that the length limit ended, not a stop token
+    gamma: float,
+) -> Tensor:
+    """The rewards with gamma V added at the last token of each row that was cut: (B, T).
+
+    For `gae` that is the same as letting V follow the row: delta_L = r_L + gamma V_{L+1} - V_L. A row that was cut must
+    then carry no score, which already judges what is missing.
+
+    Sutton & Barto 2018, section 3.3: a time limit that the state does not show is no end of the episode; Pardo et al.
+    2018 (arXiv:1712.00378).
+    """
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
+    (values,) = full_precision(last_values.detach())
+    return torch.where(last & cut[:, None], rewards + gamma * values[:, None], rewards)
+
+
 def _counted(x: Tensor, mask: Tensor) -> Tensor:
     """x (B, T) in float32 or better, without gradient, zeros where masked."""
     (x,) = full_precision(x.detach())

@@ -27,8 +27,10 @@ _FREE = (
     "training.layout",
     "model.gradient_checkpointing",
     "rollout.max_batch",
+    "doctor",
 )
-"""Keys that cannot change what the steps of a run compute."""
+"""Keys that cannot change what a step computes. `doctor` decides when to stop and what to undo, and may change when a
+paused run goes on."""
 
 _TOKENIZER = (
     "tokenizer.json",

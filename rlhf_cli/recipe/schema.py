@@ -16,7 +16,9 @@ from rlhf_cli.catalog import (
     CONTROLLERS,
     ESTIMATORS,
     OBJECTIVES,
+    REWARDS,
     Entry,
+    Finite,
     NonNegative,
     Positive,
     Settings,
@@ -182,7 +184,7 @@ class RatingSettings(Settings):
 
 
 class RewardDataSettings(DataSettings):
-    step_separator: str = "\n"
+    step_separator: Annotated[str, Field(min_length=1)] = "\n"
     """Put after each step that does not end with it already; the label of a step sits on its last token."""
     segments: SegmentSettings | None = None
     """How the format `spans` cuts completions into pieces; it needs this."""
@@ -339,27 +341,72 @@ class RewardSettings(Settings):
     run: str | None = None
     """A `train-rm` run (or a folder with a sequence-classification model of one label)."""
     function: str | None = None
-    """`file.py:function`, called as function(prompts=..., completions=..., **columns) -> list of floats."""
+    """`file.py:function`, called as function(prompts=..., completions=..., **columns) -> list of numbers."""
+    rule: block(REWARDS.values()) | None = None  # type: ignore[valid-type]
+    """A built-in rule, `{name: ..., settings...}`."""
     name: str | None = None
-    """Name in the metrics; default: the run's folder or the function's name."""
-    weight: float = 1.0
-    """Factor in the sum of all rewards."""
-    normalize: bool = True
-    """Shift and scale a reward model by the mean and standard deviation it stored on held-out data."""
+    """Name in the metrics; default: the run's folder, the function's name or the rule's."""
+    weight: Finite = 1.0
+    """Factor in the sum of all rewards of its role."""
+    role: Literal["reward", "cost"] = "reward"
+    """A cost is not maximised but held below a threshold (ppo.lagrange)."""
+    normalize: bool | Literal["running"] | None = None
+    """true: shift and scale by the mean and standard deviation that a reward model stored on held-out data. running:
+    divide by the standard deviation of all scores of the run so far. false: neither. null: true for reward models,
+    false for costs, functions, rules and `place: steps`."""
+    shift: bool = False
+    """Also subtract the running mean; only read with `normalize: running`."""
     clip: Positive | None = None
-    """Clip the score to +-clip, after normalising."""
+    """Clip the score, and each reward inside a completion, to +-clip, after normalising."""
+    place: Literal["end", "steps"] = "end"
+    """Of a process reward model: the score of the whole completion at its last token, or a reward at the last token of
+    each step."""
+    step_value: Literal["probability", "sign"] = "probability"
+    """What a step earns: the probability that it is right, less `baseline`; or 1 when that is over one half, else -1.
+    Only read with `place: steps`."""
+    baseline: Finite = 0.5
+    """Subtracted from the probability of each step, so that more steps are not better by themselves."""
     timeout: Positive = 60.0
-    """Seconds one call of a function may take."""
+    """Seconds one call of a function, or a regex rule over one rollout, may take."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardSettings:
-        if (self.run is None) == (self.function is None):
-            raise ValueError("give exactly one of run and function")
+        if sum(source is not None for source in (self.run, self.function, self.rule)) != 1:
+            raise ValueError("give exactly one of run, function and rule")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> RewardSettings:
+        if self.normalize is True and (self.run is None or self.place == "steps"):
+            what = "place: steps has rewards of steps" if self.run else "only a run has stored statistics"
+            raise ValueError(f"normalize: true does not fit here, {what}: use running or false")
+        if self.normalize and self.role == "cost":
+            raise ValueError("normalize would move a cost against its threshold: leave it out for role: cost")
+        plain = RewardSettings.model_fields
+        for key, read, words in (
+            ("shift", self.normalize == "running", "normalize: running"), ("place", self.run is not None, "run"),
+            ("step_value", self.place == "steps", "place: steps"), ("baseline", self.place == "steps", "place: steps"),
+        ):  # fmt: skip
+            if not read and getattr(self, key) != plain[key].default:
+                raise ValueError(f"{key} is only read with {words}")
         return self
 
     def title(self) -> str:
         """Its name in the metrics."""
-        return self.name or (self.run or "").rstrip("/").rpartition("/")[2] or (self.function or "").rpartition(":")[2]
+        own = "" if self.rule is None else self.rule.name
+        return (
+            self.name
+            or (self.run or "").rstrip("/").rpartition("/")[2]
+            or (self.function or "").rpartition(":")[2]
+            or own
+        )
+
+    @property
+    def by_statistics(self) -> bool:
+        """Whether scores are shifted and scaled by what a reward model stored."""
+        if self.normalize is None:
+            return self.run is not None and self.role == "reward" and self.place == "end"
+        return self.normalize is True
 
 
 class RolloutSettings(Settings):
@@ -369,10 +416,47 @@ class RolloutSettings(Settings):
     """Sampling temperature; it is part of the policy, so all log-probabilities use it too."""
     completions_per_prompt: Count = 1
     """Completions sampled for each prompt."""
-    stop: list[str] = []
-    """Further stop tokens, besides the model's end tokens; each must be one token of the vocabulary."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion, besides the model's end tokens. They are found in its text, wherever the borders
+    of the tokens fall: the token that completes one is the last, and stays whole. One that spells a token added to the
+    vocabulary (`<|end|>`) is that token."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """A stop that comes earlier is read over. Its probability is not touched, so that what is sampled stays the
+    policy's own distribution."""
+    top_k: Count | None = None
+    """Sample from the k likeliest tokens only; biased, see allow_biased_sampling."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the fewest tokens that together have this probability; biased."""
+    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample only tokens with at least this share of the likeliest token's probability; biased."""
+    allow_biased_sampling: bool = False
+    """Let top_k, top_p and min_p be set. Learning reads the log-probabilities of the whole distribution, which is then
+    not the one that was sampled: KL and ratios are biased, and the KL may be negative."""
+    engine: Literal["own", "generate", "continuous"] = "own"
+    """own: reads each prompt once for all its completions and drops finished ones; generate: transformers' `generate`,
+    for models that the own loop cannot take, with the same draws; continuous: transformers' continuous batching, with
+    draws of its own."""
     max_batch: Count = 64
-    """Completions sampled at once. Never changes the result; halved by itself when memory runs out."""
+    """Completions sampled at once. Never changes the result (of continuous: it does); halved by itself when memory runs
+    out."""
+
+    @model_validator(mode="after")
+    def _unbiased_unless_asked(self) -> RolloutSettings:
+        wanted = {"top_k": self.top_k, "top_p": None if self.top_p == 1 else self.top_p, "min_p": self.min_p}
+        biased = [f"rollout.{name}" for name, value in wanted.items() if value is not None]
+        if biased and not self.allow_biased_sampling:
+            raise ValueError(
+                f"{', '.join(biased)} would sample from another distribution than the policy whose log-probabilities "
+                f"are learned from: remove it, or set rollout.allow_biased_sampling: true"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"rollout.min_new_tokens = {self.min_new_tokens} is more than rollout.max_new_tokens = "
+                f"{self.max_new_tokens}"
+            )
+        if self.engine == "continuous" and self.min_new_tokens:
+            raise ValueError("rollout.engine: continuous knows no rollout.min_new_tokens: use own or generate")
+        return self
 
 
 class PenaltySettings(Settings):
@@ -392,6 +476,34 @@ class PtxSettings(Settings):
     """Factor of their negative log-likelihood, a mean over the scored tokens of the step."""
     batch_size: Count | None = None
     """Examples in each update of the policy; null: training.batch_size."""
+
+
+class LagrangeSettings(Settings):
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """What a completion may cost on average."""
+    init: Positive = 1.0
+    """The multiplier at the start."""
+    learning_rate: Positive = 0.1
+    """How far its logarithm moves: learning_rate x multiplier x (mean cost - threshold) a rollout."""
+    max: Positive = 5.0
+    """It never grows beyond this."""
+    window: Count = 128
+    """Completions whose costs are averaged, the newest ones."""
+    delay_steps: Annotated[int, Field(ge=0)] = 0
+    """Rollouts before it starts to move."""
+
+    @model_validator(mode="after")
+    def _starts_within(self) -> LagrangeSettings:
+        if self.init > self.max:
+            raise ValueError(f"init {self.init:g} lies above max {self.max:g}")
+        return self
+
+
+class ReferenceUpdateSettings(Settings):
+    every: Count
+    """Rollouts between two moves."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """reference <- (1 - alpha) reference + alpha policy; with LoRA the factors of the adapters are mixed."""
 
 
 class PPOSettings(Settings):
@@ -433,8 +545,18 @@ class PPOSettings(Settings):
     prompt (rloo, grpo, dr_grpo, remax) are published without it: set false for them."""
     whiten_rewards: bool = False
     """Scale the token rewards of a rollout to variance 1, keeping their mean."""
+    truncation: Literal["score", "penalty", "replace", "bootstrap", "drop"] = "penalty"
+    """A completion that was cut by the length limit: scored as any other; scored less missing_eos_penalty; given
+    truncated_score instead; not scored, the critic's value of where it was cut in place of what would have followed;
+    or not learned from."""
     missing_eos_penalty: NonNegative = 1.0
-    """Subtracted from the score of a completion that was cut by the length limit."""
+    """Subtracted from the score of a completion that was cut; only read with `truncation: penalty`."""
+    truncated_score: Annotated[float, Field(allow_inf_nan=False)] = -1.0
+    """The score of a completion that was cut; only read with `truncation: replace`."""
+    lagrange: LagrangeSettings | None = None
+    """PPO-Lag: keep the mean of the rewards with `role: cost` below a threshold, by a multiplier that adapts."""
+    reference_update: ReferenceUpdateSettings | None = None
+    """Let the reference follow the policy; null: it stays where the policy started."""
     target_kl: Positive | None = None
     """Stop a rollout's updates when the KL per token to its policy passes 1.5 times this; null: never."""
 
@@ -452,13 +574,124 @@ class PPOSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _truncation_is_one_rule(self) -> PPOSettings:
+        if self.truncation == "bootstrap" and not ESTIMATORS[self.advantage.name].critic:
+            raise ValueError(
+                f"truncation bootstrap asks a critic what a cut completion would still have earned, and advantage "
+                f"{self.advantage.name} has none: use gae, or another rule"
+            )
+        for key, rule in (("missing_eos_penalty", "penalty"), ("truncated_score", "replace")):
+            if self.truncation != rule and getattr(self, key) != PPOSettings.model_fields[key].default:
+                raise ValueError(f"{key} is only read with truncation: {rule}, and truncation is {self.truncation}")
+        return self
+
 
 class CriticSettings(Settings):
-    start: Literal["auto", "reward", "policy"] = "auto"
-    """Weights the critic starts from: the first reward model (with its head), or the policy (with a zero head).
-    auto: the reward model when there is one."""
+    start: Literal["auto", "reward", "policy", "zero"] = "auto"
+    """Weights the critic starts from: the first reward model with its head; or, with a zero head, the policy, or
+    nothing learned (zero: a fresh adapter; without lora the policy). auto: the reward model when there is one."""
     learning_rate: Positive | None = None
     """Peak learning rate; null: the policy's."""
+    shared: bool = False
+    """One trunk for both: the values are a zero head on the policy's hidden states, trained in the same step from the
+    same forward."""
+    coef: Positive = 0.1
+    """Weight of the value loss in that step; only read with `shared`."""
+    detach: bool = False
+    """Keep the gradient of the value loss off the trunk; only read with `shared`."""
+    pretrain_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the start of the run in which the policy stands still and the values are fitted to the returns of its
+    completions (no value_clip, lambda 1)."""
+
+    @model_validator(mode="after")
+    def _one_trunk_or_two(self) -> CriticSettings:
+        plain = CriticSettings.model_fields
+        for keys, read in ((("coef", "detach"), self.shared), (("start", "learning_rate"), not self.shared)):
+            odd = [key for key in keys if not read and getattr(self, key) != plain[key].default]
+            if odd:
+                raise ValueError(f"{odd[0]} is only read with shared: {str(not self.shared).lower()}")
+        return self
+
+
+Action = Literal["ignore", "warn", "pause", "rollback"]
+
+
+class WireSettings(Settings):
+    kl: Action = "warn"
+    """The KL to the reference is over its limit."""
+    negative_kl: Action = "warn"
+    """The KL stays below zero: what is scored is not what was sampled."""
+    hacking: Action = "warn"
+    """The score rises while the KL is over its limit."""
+    eos_rate: Action = "warn"
+    """Completions no longer end by themselves."""
+    length: Action = "warn"
+    """Completions have become many times longer or shorter than at the start."""
+    repetition: Action = "warn"
+    """Completions repeat themselves."""
+    entropy: Action = "warn"
+    """The policy has become almost deterministic."""
+    explained_variance: Action = "warn"
+    """The critic stays worse than a constant."""
+    length_correlation: Action = "warn"
+    """The score is little more than the length, and the length grows."""
+    clip_fraction: Action = "warn"
+    """Most tokens are clipped: updates are too large."""
+    ratio: Action = "warn"
+    """Probabilities of single tokens change by large factors within a rollout's updates."""
+    contrast: Action = "warn"
+    """Almost all prompts have completions of equal score: nothing to learn from."""
+    unscorable: Action = "warn"
+    """Many completions could not be scored."""
+
+
+class ThresholdSettings(Settings):
+    kl: Positive | None = None
+    """Nats summed over a completion; null: 3 times the target of ppo.kl, 30 where it has none."""
+    negative_kl: Positive = 0.05
+    """The mean of `patience` negative KLs below minus this."""
+    truncated: Share = 0.9
+    """Share of completions cut by the length limit, `patience` steps in a row."""
+    eos_drop: Share = 0.25
+    """Share of the end-token rate of the start that must be left."""
+    length_growth: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
+    """Mean length over that of the start."""
+    length_shrink: Share = 0.25
+    """Mean length over that of the start."""
+    repetition: Share = 0.5
+    """Share of 4-grams of tokens that stood in the same completion before, `patience` steps in a row."""
+    entropy: Share = 0.1
+    """Entropy over that of the start, `patience` steps in a row."""
+    explained_variance: Annotated[float, Field(lt=1, allow_inf_nan=False)] = 0.0
+    """Below it for twice `patience` steps."""
+    length_correlation: Share = 0.9
+    """Correlation of score and length over a rollout, `patience` steps in a row."""
+    clip_fraction: Share = 0.5
+    """Share of clipped tokens, `patience` steps in a row."""
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
+    """Largest ratio of new to old probability of a token, or one over it; the mean ratio may be off by a tenth of
+    it."""
+    contrast: Share = 0.95
+    """Share of prompts without contrast, `patience` steps in a row."""
+    unscorable: Share = 0.2
+    """Share of completions of a rollout without a score."""
+    patience: Count = 5
+    """Steps that a figure must stay bad, where one step says little; a finding is over when it stays away as long."""
+
+
+class TripwireSettings(Settings):
+    enabled: bool = True
+    """Look at the figures of every rollout and say in words what is wrong."""
+    wires: WireSettings = WireSettings()
+    """What a finding does: ignore it, warn, pause (checkpoint, stop with exit code 5; the same command goes on), or
+    roll back to the newest checkpoint written in good health, with smaller learning rates."""
+    thresholds: ThresholdSettings = ThresholdSettings()
+    """When a finding is one."""
+    rollback_lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Each rollback multiplies all learning rates by this."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """The run stops with exit code 5 when one more would be needed."""
 
 
 class PPORecipe(Recipe):
@@ -471,6 +704,8 @@ class PPORecipe(Recipe):
     """The algorithm."""
     critic: CriticSettings = CriticSettings()
     """The value model; only estimators that read values have one (gae)."""
+    doctor: TripwireSettings = TripwireSettings()
+    """Watches training: findings in plain words, and what they set off."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> PPORecipe:
@@ -486,6 +721,17 @@ class PPORecipe(Recipe):
                 f"ppo.advantage {estimator.name} compares the completions of one prompt: "
                 f"rollout.completions_per_prompt must be at least {estimator.group}, found {each}"
             )
+        critic = self.critic
+        if not estimator.critic and (critic.shared or critic.pretrain_steps):
+            key = "shared" if critic.shared else "pretrain_steps"
+            raise ValueError(f"critic.{key} asks for a critic, and ppo.advantage {estimator.name} has none: use gae")
+        costs = [reward.title() for reward in self.rewards if reward.role == "cost"]
+        if costs and self.ppo.lagrange is None:
+            raise ValueError(f"the reward '{costs[0]}' has role: cost; say how it is held down: ppo.lagrange: {{}}")
+        if self.ppo.lagrange is not None and not costs:
+            raise ValueError("ppo.lagrange holds down a cost: give one of the rewards role: cost")
+        if len(costs) == len(self.rewards):
+            raise ValueError("all rewards have role: cost; at least one must be a reward")
         titles = [reward.title() for reward in self.rewards]
         if len(set(titles)) < len(titles):
             raise ValueError(f"two rewards have the same name ({', '.join(titles)}): give each a `name`")

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.report.parts import shown, side, table, text_of, write_page
 from rlhf_cli.report.plots import Curve, curves, grouped, svg
-from rlhf_cli.runs.files import disk_error, write_atomic
-from rlhf_cli.runs.metrics import HINT, number, read_lines
-
-_CSS = """
-:root { color-scheme: light dark; --back: #fcfcfa; --ink: #1d2126; --soft: #636b74; --line: #dcdfe2; --card: #ffffff;
-  --mark: #eef3f8; --bad: #b3261e; --hue0: #2563a8; --hue1: #c2571a; --hue2: #2e7d4f; --hue3: #8e4aa8; --hue4: #a33b4d;
-  --hue5: #6b6f1d; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171a; --ink: #e4e7ea; --soft: #9aa4ae; --line: #30363d;
-  --card: #1b1f24; --mark: #22303e; --bad: #ff8a80; --hue0: #6cb2f5; --hue1: #f39c5b; --hue2: #6fcf97; --hue3: #cf9bea;
-  --hue4: #f28b9c; --hue5: #cfd36a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1180px; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; } h1 small { color: var(--soft); font-weight: 400; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; } h3 { font-size: .9rem; margin: 0 0 .3rem; color: var(--soft); }
-.facts, .panels { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.panels { grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); }
-.fact, .panel, .sample { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .7rem .9rem; min-width: 0; }
-.fact b { display: block; font-size: 1.05rem; overflow-wrap: anywhere; } .fact span { color: var(--soft); }
-.wild { color: var(--bad); margin: .2rem 0 0; font-size: .85rem; }
-svg { width: 100%; height: auto; display: block; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.sample { margin-bottom: .8rem; } .pair { display: grid; gap: .8rem; grid-template-columns: 1fr 1fr; }
-@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; } .pair > div { background: var(--mark);
-  border-radius: 6px; padding: .5rem .7rem; min-width: 0; } .prompt { margin: 0 0 .6rem; }
-table { border-collapse: collapse; background: var(--card); } .scroll { overflow-x: auto; }
-td, th { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
-th:not(:first-child), td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem; overflow-x: auto;
-  font: 13px/1.45 ui-monospace, monospace; }
-"""
+from rlhf_cli.report.postmortem import PAGE
+from rlhf_cli.runs.metrics import number, read_lines
 
 
 def write_report(run_path: Path, seconds: float | None = None) -> Path:
@@ -61,6 +30,7 @@ def write_report(run_path: Path, seconds: float | None = None) -> Path:
     found = curves(rows)
     parts = [
         _head(run_path, run),
+        _postmortem(run_path),
         _facts(run, rows, found, seconds),
         _held_out(found),
         _panels(found),
@@ -68,36 +38,18 @@ def write_report(run_path: Path, seconds: float | None = None) -> Path:
         _data(run_path / "data-report.json"),
         _recipe(run_path / "recipe.yaml"),
     ]
-    title = escape(f"{run_path.name} - {run.get('stage', '')}")
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title>\n<style>{_CSS}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n"
-        "</body></html>\n"
-    )
-    target = run_path / "report.html"
-    try:
-        write_atomic(target, page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise disk_error(error, "cannot be written", target, HINT) from error
-    return target
-
-
-def shown(value: float | None) -> str:
-    """A number for people: four significant digits, no exponent where none is needed."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.1f}"
-    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+    return write_page(run_path / "report.html", f"{run_path.name} - {run.get('stage', '')}", parts)
 
 
 def _head(path: Path, run: dict[str, Any]) -> str:
     return f"<h1>{escape(path.name)} <small>{escape(str(run.get('stage', '')))}</small></h1>"
+
+
+def _postmortem(path: Path) -> str:
+    """The way to the page about what went wrong, where there is one."""
+    if not (path / PAGE).is_file():
+        return ""
+    return f'<p class="wild">The doctor stepped in during this run: <a href="{PAGE}">post-mortem</a>.</p>'
 
 
 def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]], found: Sequence[Curve], seconds: float | None) -> str:
@@ -134,7 +86,7 @@ def _held_out(found: Sequence[Curve]) -> str:
         for c in found
         if c.held_out
     ]  # fmt: skip
-    return _table("Held-out data", ("metric", "first", "last", "change"), rows)
+    return table("Held-out data", ("metric", "first", "last", "change"), rows)
 
 
 def _panels(found: Sequence[Curve]) -> str:
@@ -150,35 +102,21 @@ def _samples(records: Sequence[dict[str, Any]]) -> str:
     """First and last completion of each prompt, side by side."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        by_prompt.setdefault(_text(record.get("prompt", "")), []).append(record)
+        by_prompt.setdefault(text_of(record.get("prompt", "")), []).append(record)
     cells = []
     for prompt, members in by_prompt.items():
         pair = [members[0], members[-1]] if len(members) > 1 else members
-        sides = "".join(_side(record) for record in pair)
+        sides = "".join(side(record) for record in pair)
         cells.append(
             f'<div class="sample"><p class="text prompt">{escape(prompt)}</p><div class="pair">{sides}</div></div>'
         )
     return f"<h2>Samples</h2>{''.join(cells)}" if cells else ""
 
 
-def _side(record: dict[str, Any]) -> str:
-    score = number(record.get("score"))
-    label = f"step {record.get('step', '?')}" + (f", score {shown(score)}" if score is not None else "")
-    return f'<div><h3>{escape(label)}</h3><p class="text">{escape(_text(record.get("completion", "")))}</p></div>'
-
-
-def _text(value: Any) -> str:
-    """A prompt as text: messages one under the other."""
-    if isinstance(value, list):
-        turns = [m if isinstance(m, dict) else {"content": m} for m in value]
-        return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}".removeprefix(": ") for m in turns)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _data(path: Path) -> str:
     if not path.is_file():
         return ""
-    return _table("Data", ("", ""), _leaves(read_json(path)))
+    return table("Data", ("", ""), _leaves(read_json(path)))
 
 
 def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -198,16 +136,3 @@ def _recipe(path: Path) -> str:
         return f"<h2>Recipe</h2><pre>{escape(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot be read: {error}", where=str(path)) from error
-
-
-def _table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{'' if i == 0 else ' class=n'}>{escape(cell)}</td>" for i, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    if not body:
-        return ""
-    head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>" if any(names) else ""
-    return f'<h2>{escape(title)}</h2><div class="scroll"><table>{head}{body}</table></div>'

@@ -29,7 +29,10 @@ from rlhf_cli.runs.files import write_atomic as write
 from rlhf_cli.runs.metrics import HINT, Lines, plain, read_lines
 
 SCHEMA = 1
-_ATTEMPT = ("DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "report.html", "final")
+_ATTEMPT = (
+    "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "report.html", "final",
+    "doctor.jsonl", "rollbacks", "postmortem.html",
+)  # fmt: skip
 """What an attempt without any checkpoint leaves behind, removed when the run starts over."""
 
 

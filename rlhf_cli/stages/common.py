@@ -53,13 +53,14 @@ def total_steps(recipe: Recipe, loader: Loader) -> int:
 
 
 def open_engine(
-    recipe: Recipe, run: Run, display: Display, loader: Loader, learners: Sequence[tuple[Role, float]]
+    recipe: Recipe, run: Run, display: Display, loader: Loader, learners: Sequence[tuple[Role, float]], *, idle: int = 0
 ) -> Engine:
-    """An engine that trains these roles, each with its learning rate, and keeps the loader's cursor."""
+    """An engine that trains these roles, each with its learning rate, and keeps the loader's cursor. idle: steps at the
+    start in which the first role, the policy, is not trained."""
     policy = learners[0][0]
     engine = Engine(recipe, run, display, total_steps(recipe, loader), policy.base.packed)
     for role, learning_rate in learners:
-        engine.add(role, learning_rate)
+        engine.add(role, learning_rate, idle=idle if role is policy else 0)
     engine.kept["loader"] = loader
     return engine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.models.roles import Role
 from rlhf_cli.objectives.kl import k2, k3, k3_plus
+from rlhf_cli.objectives.logprob import TokenLogp
 from rlhf_cli.objectives.policy import (
     clipped_policy,
     clipped_value,
@@ -19,7 +21,7 @@ from rlhf_cli.objectives.policy import (
     total,
     total_of_means,
 )
-from rlhf_cli.recipe.schema import PPOSettings
+from rlhf_cli.recipe.schema import CriticSettings, PPOSettings
 from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.train.engine import Loss, Losses
 
@@ -27,6 +29,16 @@ AGGREGATES = {"token": total, "sequence": total_of_means, "constant": total}
 """How a micro-batch is summed; `counts` says what the engine divides by."""
 IN_LOSS = {None: k2, "k2": k2, "k3": k3_plus}
 """The estimates of the KL to the reference that a loss may hold."""
+VALUE_METRICS = (("loss/value", "val/clipfrac"), ("cost/loss_value", "cost/val_clipfrac"))
+"""Names of the error and of the clipped share, for the critic of the reward and that of the cost."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a critic learns."""
+
+    old: Tensor  # (N, T) its values at the rollout
+    returns: Tensor  # (N, T)
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,9 @@ class Lesson:
 
     experience: Experience
     advantages: Tensor  # (N, T)
-    returns: Tensor  # (N, T)
     temperature: float
+    targets: tuple[Target, ...] = ()
+    """For the critic of the reward, then that of the cost; none without critics."""
 
     def flat(self, x: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
         """x (N, T) -> the tokens of these completions, in the order of a micro-batch's scored tokens."""
@@ -65,50 +78,94 @@ def policy_loss(
     policy: Role, settings: PPOSettings, lesson: Lesson, chunk: np.ndarray, coefficients: Coefficients
 ) -> Loss:
     """The clipped surrogate less the entropy bonus, plus the KLs that stand in the loss."""
-    aggregate, device = AGGREGATES[settings.aggregate], policy.base.device
-    drift_of = IN_LOSS[settings.kl_estimator] if settings.kl_in == "loss" else None
 
     def loss(batch: Batch, group: list[int]) -> Losses:
-        rows, owners, count = chunk[group], batch.owners, batch.sequences
-        of, old = policy.logp(batch, lesson.temperature), lesson.flat(lesson.experience.logp, rows, device)
-        new, base = of.logp, old
-        if settings.ratio == "sequence":
-            new, base = sequence_log_ratio(of.logp, old, owners, count), torch.zeros_like(old)
-        surrogate, clipped = clipped_policy(
-            new, base, lesson.flat(lesson.advantages, rows, device),
-            clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
-        )  # fmt: skip
-        moved = k3(old, of.logp)  # KL(rollout policy || policy)
-        whole, n = aggregate(surrogate, owners, count), float(len(old))
-        metrics = {
-            "policy/approxkl": (moved.detach().sum(), n),
-            "policy/clipfrac": (clipped.sum(), n),
-            "policy/entropy": (of.entropy.detach().sum(), n),
-            "val/ratio": (ratio(new.detach(), base).sum(), n),
-        }
-        if settings.entropy_coef:
-            whole = whole - settings.entropy_coef * aggregate(of.entropy, owners, count)
-        if coefficients.penalty is not None:
-            whole = whole + coefficients.penalty * aggregate(moved, owners, count)
-        if drift_of is not None:
-            drift = drift_of(of.logp, lesson.flat(lesson.experience.reference_logp, rows, device))
-            whole = whole + coefficients.kl * aggregate(drift, owners, count)
-            metrics["loss/kl"] = (drift.detach().sum(), n)
-        return Losses({settings.aggregate: whole}, metrics)
+        said = policy.logp(batch, lesson.temperature)
+        return policy_terms(said, batch, settings, lesson, chunk[group], coefficients)
 
     return loss
 
 
-def value_loss(critic: Role, old_values: Tensor, settings: PPOSettings, lesson: Lesson, chunk: np.ndarray) -> Loss:
-    """The clipped error of the values; old_values (N, T) are those of the rollout."""
-    device = critic.base.device
+def value_loss(critic: Role, target: Target, value_clip: float | None, lesson: Lesson, chunk: np.ndarray) -> Loss:
+    """The clipped error of the values of a critic of its own."""
 
     def loss(batch: Batch, group: list[int]) -> Losses:
-        values, rows = critic.values(batch), chunk[group]
+        return value_terms(critic.values(batch)[:, None], (target,), value_clip, lesson, chunk[group])
+
+    return loss
+
+
+def joint_loss(
+    policy: Role, settings: PPOSettings, critic: CriticSettings, lesson: Lesson, chunk: np.ndarray,
+    coefficients: Coefficients,
+) -> Loss:  # fmt: skip
+    """Both from one forward of one trunk, the value losses weighted by `coef`."""
+
+    def loss(batch: Batch, group: list[int]) -> Losses:
+        said, values = policy.logp_and_values(batch, lesson.temperature, detach=critic.detach)
+        own = policy_terms(said, batch, settings, lesson, chunk[group], coefficients)
+        errors = value_terms(values, lesson.targets, settings.value_clip, lesson, chunk[group])
+        parts = {unit: [x] for unit, x in own.sums.items()}
+        parts.setdefault("token", []).append(critic.coef * errors.sums["token"])
+        return Losses({unit: torch.stack(xs).sum() for unit, xs in parts.items()}, own.metrics | errors.metrics)
+
+    return loss
+
+
+def head_loss(policy: Role, lesson: Lesson, chunk: np.ndarray) -> Loss:
+    """The plain error of the values on the policy's trunk, whose gradient reaches the value head alone."""
+
+    def loss(batch: Batch, group: list[int]) -> Losses:
+        _, values = policy.logp_and_values(batch, lesson.temperature, detach=True)
+        return value_terms(values, lesson.targets, None, lesson, chunk[group])
+
+    return loss
+
+
+def policy_terms(
+    of: TokenLogp, batch: Batch, settings: PPOSettings, lesson: Lesson, rows: np.ndarray, coefficients: Coefficients
+) -> Losses:
+    """Of the policy, on the completions `rows` that make the batch."""
+    aggregate, device = AGGREGATES[settings.aggregate], of.logp.device
+    owners, count, old = batch.owners, batch.sequences, lesson.flat(lesson.experience.logp, rows, device)
+    new, base = of.logp, old
+    if settings.ratio == "sequence":
+        new, base = sequence_log_ratio(of.logp, old, owners, count), torch.zeros_like(old)
+    surrogate, clipped = clipped_policy(
+        new, base, lesson.flat(lesson.advantages, rows, device),
+        clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
+    )  # fmt: skip
+    moved = k3(old, of.logp)  # KL(rollout policy || policy)
+    whole, n = aggregate(surrogate, owners, count), float(len(old))
+    metrics = {
+        "policy/approxkl": (moved.detach().sum(), n),
+        "policy/clipfrac": (clipped.sum(), n),
+        "policy/entropy": (of.entropy.detach().sum(), n),
+        "val/ratio": (ratio(new.detach(), base).sum(), n),
+    }
+    if settings.entropy_coef:
+        whole = whole - settings.entropy_coef * aggregate(of.entropy, owners, count)
+    if coefficients.penalty is not None:
+        whole = whole + coefficients.penalty * aggregate(moved, owners, count)
+    if settings.kl_in == "loss":
+        drift = IN_LOSS[settings.kl_estimator](of.logp, lesson.flat(lesson.experience.reference_logp, rows, device))
+        whole = whole + coefficients.kl * aggregate(drift, owners, count)
+        metrics["loss/kl"] = (drift.detach().sum(), n)
+    return Losses({settings.aggregate: whole}, metrics)
+
+
+def value_terms(
+    values: Tensor, targets: Sequence[Target], value_clip: float | None, lesson: Lesson, rows: np.ndarray
+) -> Losses:
+    """Of values (tokens, K) for K targets: reward, cost."""
+    device, errors = values.device, []
+    metrics: dict[str, tuple[Tensor, float]] = {}
+    for k, (target, names) in enumerate(zip(targets, VALUE_METRICS, strict=False)):
         error, clipped = clipped_value(
-            values, lesson.flat(old_values, rows, device), lesson.flat(lesson.returns, rows, device),
-            value_clip=settings.value_clip,
+            values[:, k], lesson.flat(target.old, rows, device), lesson.flat(target.returns, rows, device),
+            value_clip=value_clip,
         )  # fmt: skip
-        return Losses({"token": error.sum()}, {"val/clipfrac": (clipped.sum(), float(len(values)))})
-
-    return loss
+        errors.append(error.sum())
+        n = float(len(error))
+        metrics |= {names[0]: (error.detach().sum(), n), names[1]: (clipped.sum(), n)}
+    return Losses({"token": torch.stack(errors).sum()}, metrics)

@@ -51,7 +51,14 @@ class Checkpoint:
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
 
-def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    name: str,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    spare: int | None = None,
+) -> Path:
     """Write a checkpoint, then delete old ones.
 
     Args:
@@ -60,6 +67,7 @@ def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: 
         tensors: group -> name -> tensor, any device and layout; tensors that share memory are stored one by one.
         state: None, bool, int, float, str, lists and dicts of them.
         keep: how many checkpoints stay. Those of later steps go too: the run has left them behind.
+        spare: an earlier step whose checkpoint stays as well.
 
     Returns:
         Its folder. Raises TypeError for other types in `state`, ModelError when the disk is full or fails; the former
@@ -81,7 +89,7 @@ def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: 
             remove_quietly(draft)
             raise
         _publish(draft, target)
-        _retire(folder, target, keep)
+        _retire(folder, target, keep, spare)
     except OSError as error:
         raise disk_error(error, f"checkpoint {name} could not be saved", target, _what_remains(folder)) from error
     return target
@@ -133,12 +141,12 @@ def _publish(draft: Path, target: Path) -> None:
         discard(old)
 
 
-def _retire(folder: Path, newest_one: Path, keep: int) -> None:
-    """Delete all but the newest `keep`: those of later steps, those that are not whole, the oldest."""
+def _retire(folder: Path, newest_one: Path, keep: int, spare: int | None) -> None:
+    """Delete all but the newest `keep` and `spare`: those of later steps, those that are not whole, the oldest."""
     step = manifest.step_of(newest_one.name) or 0
     kept = 1
     for path in manifest.listed(folder):
-        if path == newest_one:
+        if path == newest_one or manifest.step_of(path.name) == spare:
             continue
         later = (manifest.step_of(path.name) or 0) > step
         if kept < keep and not later and not manifest.fault(path, content=False):

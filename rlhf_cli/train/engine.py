@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Learner:
     scaler: torch.amp.GradScaler
     skipped: int = 0
     """Steps in a row that float16 overflowed and were not applied."""
+    idle: int = 0
+    """Steps at the start of the run in which it is not trained."""
 
 
 @dataclass
@@ -98,17 +100,21 @@ class Engine:
     budget: int = 0
     """Tokens of a micro-batch."""
     trackers: Trackers = field(default_factory=Trackers)
+    spare: int | None = None
+    """Step of a checkpoint that stays, however old."""
+    halt: Callable[[], NoReturn] | None = None
+    """Ends the run once the step under way is logged and in a checkpoint."""
     _signal: int | None = None
     _clock: float = 0.0
     _clock_tokens: int = 0
 
-    def add(self, role: Role, learning_rate: float) -> None:
-        """Train this role."""
+    def add(self, role: Role, learning_rate: float, *, idle: int = 0) -> None:
+        """Train this role; its schedule starts after `idle` steps."""
         settings = self.recipe.training
         optimizer = make_optimizer(role.parameters, settings, learning_rate)
-        scheduler = make_scheduler(optimizer, settings, self.total_steps)
+        scheduler = make_scheduler(optimizer, settings, self.total_steps - idle)
         scaler = torch.amp.GradScaler(role.base.device.type, enabled=role.base.dtype == torch.float16)
-        self.learners[role.name] = Learner(role, optimizer, scheduler, scaler)
+        self.learners[role.name] = Learner(role, optimizer, scheduler, scaler, idle=idle)
         if not self.budget:
             wanted = settings.micro_batch_tokens
             self.budget = default_micro_batch_tokens(role.base.device) if wanted == "auto" else wanted
@@ -270,7 +276,8 @@ class Engine:
         self.step += 1
         rates = {name: learner.optimizer.param_groups[0]["lr"] for name, learner in self.learners.items()}
         for learner in self.learners.values():
-            learner.scheduler.step()
+            if self.step > learner.idle:
+                learner.scheduler.step()
         first = next(iter(rates.values()))
         metrics = {"step": self.step, **metrics, "learning_rate": first, "num_tokens": self.tokens}
         for name, rate in list(rates.items())[1:]:
@@ -291,8 +298,11 @@ class Engine:
         self.display.step(self.step, metrics, show)
         if show:
             self.trackers.log(self.step, metrics)
-        if done or self._signal is not None or self._due(self.recipe.checkpoint.every):
+        stopped = self._signal is not None or self.halt is not None
+        if done or stopped or self._due(self.recipe.checkpoint.every):
             self.save()
+        if self.halt is not None:
+            self.halt()
         if self._signal is not None and not done:
             name = signal.Signals(self._signal).name
             raise Interrupted(self._signal, f"{name}: stopped after step {self.step}, checkpoint written; the same "
@@ -307,10 +317,7 @@ class Engine:
 
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
         """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""
-        if self.step == 0 and self.evaluate is not None and (first := self.evaluate()):
-            self.run.log({"step": 0, **first})
-        self.display.start(self.total_steps, self.step)
-        self._clock, self._clock_tokens = time.monotonic(), self.tokens
+        self.set_out()
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < self.total_steps:
@@ -320,6 +327,13 @@ class Engine:
                 signal.signal(number, handler)
             self.trackers.close()
             self.display.stop()
+
+    def set_out(self) -> None:
+        """From here on: the evaluation of step 0 where that is the start, the progress, the clock."""
+        if self.step == 0 and self.evaluate is not None and (first := self.evaluate()):
+            self.run.log({"step": 0, **first})
+        self.display.start(self.total_steps, self.step)
+        self._clock, self._clock_tokens = time.monotonic(), self.tokens
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:

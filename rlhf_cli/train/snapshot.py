@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine
 
 
-def save(engine: Engine) -> None:
-    """A whole checkpoint of this moment: trained tensors, optimisers, schedules, generators, and all that is kept."""
+def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
+    """A whole checkpoint of this moment: trained tensors, optimisers, schedules, generators, and all that is kept.
+
+    sizes: of the metric files, where they are about to be cut back; None: as they are.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {
         "step": engine.step,
         "tokens": engine.tokens,
         "budget": engine.budget,
-        "sizes": engine.run.sizes(),
+        "sizes": engine.run.sizes() if sizes is None else sizes,
         "learners": {},
         "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
     }
@@ -35,11 +38,19 @@ def save(engine: Engine) -> None:
     tensors |= engine.kept_tensors
     tensors["random"], state["random"] = checkpoint.random_state()
     keep = engine.recipe.checkpoint.keep
-    checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep)
+    checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep, engine.spare)
 
 
 def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
     """Go on exactly where the checkpoint was written; metric lines after it are cut off."""
+    load(engine, saved)
+    for warning in engine.run.rewind(saved.state["sizes"]):
+        engine.display.warn(warning)
+    engine.display.note(f"resumed from {saved.path}")
+
+
+def load(engine: Engine, saved: checkpoint.Checkpoint) -> None:
+    """Put everything a checkpoint holds into the engine; the run's files stay as they are."""
     state = saved.state
     engine.step, engine.tokens = state["step"], state["tokens"]
     if engine.recipe.training.micro_batch_tokens == "auto":
@@ -57,9 +68,6 @@ def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
         for key, tensor in saved.tensors(name).items():
             own[key].copy_(tensor)
     checkpoint.set_random_state(saved.tensors("random"), state["random"])
-    for warning in engine.run.rewind(state["sizes"]):
-        engine.display.warn(warning)
-    engine.display.note(f"resumed from {saved.path}")
 
 
 def _resume_schedule(scheduler: LRScheduler, state: dict[str, Any]) -> None:
@@ -70,3 +78,11 @@ def _resume_schedule(scheduler: LRScheduler, state: dict[str, Any]) -> None:
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * shape(scheduler.last_epoch)
+
+
+def scale_rates(engine: Engine, factor: float) -> None:
+    """All learning rates times a factor, from here to the end of their schedules."""
+    for learner in engine.learners.values():
+        scheduler = learner.scheduler
+        scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+        _resume_schedule(scheduler, {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,12 +68,53 @@ def check_pad(m: Any) -> None:
     assert not half.requires_grad
 
 
+DONE = torch.tensor([True, False, False])
+
+
+def check_settled_by_hand(m: Any) -> None:
+    wanted = {"score": [10.0, 20.0, -30.0], "penalty": [10.0, 18.5, -31.5], "replace": [10.0, -0.5, -0.5],
+              "bootstrap": [10.0, 0.0, 0.0], "drop": [10.0, 20.0, -30.0]}  # fmt: skip
+    for rule, scores in wanted.items():
+        close(m.settled(SCORES, DONE, rule, penalty=1.5, replacement=-0.5), scores)
+
+
+def check_only(m: Any) -> None:
+    tasks = [SimpleNamespace(where=name) for name in "abc"]
+    rollout = m.Rollout(tasks, ["x", "y", "z"], [], [True, False, True])
+    made = replace(experience(m, LOGP, REFERENCE, MASK), rollout=rollout, values=LOGP + 1, last_values=SCORES)
+    assert made.only(torch.tensor([True, True, True])) is made
+    some = made.only(torch.tensor([True, False, True]))
+    assert [t.where for t in some.rollout.tasks] == ["a", "c"]
+    assert (some.rollout.completions, some.rollout.samples, some.rollout.finished) == (["x", "z"], [], [True, True])
+    assert (some.group.tolist(), some.last_values.tolist()) == ([0, 2], [10.0, -30.0])
+    assert torch.equal(some.values, LOGP[[0, 2]] + 1)
+    assert torch.equal(some.mask, MASK[[0, 2]])
+    assert some.cost_values is None
+    none = made.only(torch.zeros(3, dtype=torch.bool))
+    assert (none.rollout.completions, none.logp.shape) == ([], (0, 3))
+
+
+def check_columns(m: Any) -> None:
+    parts = [torch.tensor(rows, dtype=torch.bfloat16, requires_grad=True) for rows in ([[1, 2], [3, 4]], [[5, 6]])]
+    before, after = m.columns(parts, 0, 1)
+    close(before, [[1.0, 3.0], [5.0, 0.0]])
+    close(after, [4.0, 6.0])
+    assert not before.requires_grad
+    assert (before.dtype, after.dtype) == (torch.float32, torch.float32)
+    assert not after.requires_grad
+    assert m.columns(parts, 1, None)[1] is None
+
+
 MODULE = code
 CHECKS = checks_of(globals())
 CLASSICAL: list[tuple[str, Check, str, str]] = [
     ("rewards: KL added", check_token_rewards_by_hand, "rewards = -kl_coef *", "rewards = kl_coef *"),
     ("rewards: score at the end of the row", check_token_rewards_by_hand, "rewards[rows, experience.lengths - 1]",
      "rewards[rows, -1]"),
+    ("settled: finished ones pay", check_settled_by_hand, "torch.where(finished, scores, cut)",
+     "torch.where(finished, cut, scores)"),
+    ("settled: bootstrap keeps the score", check_settled_by_hand, '"bootstrap": torch.zeros_like(scores)',
+     '"bootstrap": scores'),
     ("rewards: score one late", check_token_rewards_by_hand, "experience.lengths - 1]",
      "(experience.lengths).clamp(max=rewards.shape[1] - 1)]"),
     ("rewards: coefficient on the score", check_token_rewards_by_hand, "+= scores.to(rewards.dtype)",
@@ -81,4 +124,6 @@ SURVIVORS: dict[str, str] = {
     "pad: dropped: part.detach().float() -> _same(part.detach())": "assigning to a float32 tensor converts",
     "draw": "needs a model: tests/rollouts",
     "measure": "needs a model: tests/rollouts",
+    "_spoken": "needs a model: tests/rollouts",
+    "_judged": "needs a model: tests/rollouts",
 }  # fmt: skip

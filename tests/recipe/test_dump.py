@@ -40,7 +40,8 @@ VARIATIONS: dict[str, st.SearchStrategy[Any]] = {
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "sft": {"data.train_on_prompt": st.booleans(), "objective.label_smoothing": st.floats(0, 0.99)},
     "train-rm": {"objective.centring": st.floats(0, 1e9)},
-    "ppo": {"ppo.kl": st.just({"name": "doubling", "coef": 0.5}), "rollout.stop": st.lists(TEXT, max_size=2),
+    "ppo": {"ppo.kl": st.just({"name": "doubling", "coef": 0.5}),
+            "rollout.stop": st.lists(TEXT.filter(bool), max_size=2),
             "rewards": st.lists(TEXT, min_size=1, max_size=2).map(
                 lambda texts: [{"function": t, "weight": -1.5, "name": f"r{i}"} for i, t in enumerate(texts)])},
     "dpo": {"objective": st.sampled_from(["ipo", "kto", "odpo"]).map(lambda name: {"name": name, "beta": 0.3}),
@@ -98,8 +99,8 @@ def test_every_default_is_written_and_the_order_is_readable() -> None:
     first, _ = recipe_of("ppo", ["lora.r=8"])
     lines = dump_recipe(first).splitlines()
     tops = [line.split(":")[0] for line in lines if line[0] not in " -"]
-    assert tops == ["stage", "model", "lora", "data", "rewards", "rollout", "ppo", "critic", "training", "logging",
-                    "checkpoint", "evaluation", "seed", "output_dir"]  # fmt: skip
+    assert tops == ["stage", "model", "lora", "data", "rewards", "rollout", "ppo", "critic", "doctor", "training",
+                    "logging", "checkpoint", "evaluation", "seed", "output_dir"]  # fmt: skip
     assert "  adam_epsilon: 1.0e-08" in lines
     assert lines[lines.index("  kl:") + 1] == "    name: fixed"
     assert "  chat_template: null" in lines

@@ -43,7 +43,7 @@ def test_foreign_values_lead_to_values_of_ours() -> None:
 
 def test_keys_know_their_blocks() -> None:
     assert blocks_of("dpo")["learning_rate"] == ("training",)
-    assert blocks_of("ppo")["learning_rate"] == ("training", "critic")
+    assert set(blocks_of("ppo")["learning_rate"]) == {"training", "critic", "ppo.lagrange"}
     assert blocks_of("dpo")["output_dir"] == ("",)
     assert stages_with("rollout") == ["ppo"]
     assert stages_with("train_on_prompt", "data") == ["sft"]

@@ -186,7 +186,7 @@ def test_lists_and_their_items(tmp_path: Path) -> None:
         "r:11:23 logging.report_to.0: the text 'foo' is not one of tensorboard, wandb, trackio",
     ]
     assert problems(tmp_path, PPO.replace("{run: runs/rm}", "{run: a, function: b}"), stage="ppo") == [
-        "r:4:12 rewards.0.run: give exactly one of run and function"
+        "r:4:12 rewards.0.run: give exactly one of run, function and rule"
     ]
 
 

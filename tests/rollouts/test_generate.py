@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Base
 from rlhf_cli.models.roles import Role, RoleError
-from rlhf_cli.rollouts import generate
+from rlhf_cli.rollouts import cache, generate
 from rlhf_cli.rollouts.generate import Completed, Sampling, sample
+from rlhf_cli.rollouts.rows import draw, uniforms
 from tests.models.worlds import EOS, PAD, VOCABULARY, full_role, lora_role, make_base, tokens
 
 NAMES = ["llama", "gpt2", "qwen2", "mistral-window-8", "gemma3-window-32", "gemma2", "mixtral", "bloom", "falcon",
@@ -100,6 +102,26 @@ def test_sampled_logp_is_recomputed_logp(name: str, temperature: float) -> None:
     assert bool((sampled < 0).all())
 
 
+def by_hand(role: Role, prompt: np.ndarray, number: int, stops: list[int], settings: Sampling, seed: int) -> list[int]:
+    """One completion by the definition: whole rows read anew for each token, no cache, no batch, no padding."""
+    at = np.random.Generator(np.random.Philox(key=[seed, number])).random(settings.max_new_tokens)
+    ids: list[int] = []
+    while len(ids) < settings.max_new_tokens and not (ids and ids[-1] in stops):
+        with role.active():
+            logits = role.base.model(torch.tensor([[*prompt.tolist(), *ids]]), use_cache=False).logits[0, -1]
+        summed = torch.log_softmax(logits / settings.temperature, -1).double().exp().cumsum(0).numpy()
+        ids.append(int(np.searchsorted(summed, at[len(ids)] * summed[-1], side="right")))
+    return ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampling_is_the_definition(name: str) -> None:
+    role, settings, stops = full_role(make_base(name)), Sampling(14, 1.2, max_batch=11), [EOS, 5, 9, 30, 31]
+    drawn = sample(role, prompts(), 3, stops, settings, 21)
+    for i, group in enumerate(ids_of(drawn)):
+        assert group == [by_hand(role, prompts()[i], i * 3 + k, stops, settings, 21) for k in range(3)]
+
+
 # --- what may not change the tokens ------------------------------------------------------------------------
 
 
@@ -137,6 +159,34 @@ def test_stop_tokens_do_not_change_what_comes_before() -> None:
             assert whole[: len(part)] == part
             lengths.add(len(part))
     assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window-8", "gemma3-window-32", "gemma2", "lfm2"])
+def test_when_finished_rows_are_dropped_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, by and by, never."""
+    role, stops, results = full_role(make_base(name)), [3, 8, 15, 40, 41, 77], []
+    for share in (0.0, 0.3, 1.0):
+        monkeypatch.setattr(generate, "CARRIED", share)
+        settings = Sampling(20)
+        results.append(sample(role, prompts(), 4, stops, settings, 1))
+        useful = settings.stats.take()["rollout/useful_share"]
+        assert (useful == 1.0) == (share == 0.0)
+    for other in results[1:]:
+        assert ids_of(other) == ids_of(results[0])
+        for a, b in zip(everything(other), everything(results[0]), strict=True):
+            np.testing.assert_allclose(a.logp, b.logp, atol=1e-6)
+            assert a.finished == b.finished
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window-32", "mistral-window-8"])
+def test_buffers_that_must_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hardly any spare slots at a time, and with plenty."""
+    role, results = full_role(make_base(name)), []
+    for spare in (1, 200):
+        monkeypatch.setattr(cache, "SPARE", spare)
+        results.append(ids_of(sample(role, prompts(lengths=(1, 2)), 3, [EOS], Sampling(40), 1)))
+        results.append(ids_of(sample(role, prompts(lengths=(1, 2, 3)), 1, [EOS], Sampling(40), 1)))
+    assert results[:2] == results[2:]
 
 
 def test_seeds_and_completions_differ() -> None:
@@ -258,28 +308,28 @@ def test_frequencies_are_the_probabilities(temperature: float) -> None:
 def test_drawing_by_hand() -> None:
     """p = (.1, .2, .3, .4): the token is where the cumulative sum passes the uniform number."""
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).repeat(8, 1)
-    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    drawn, logp = generate._draw(logits, uniforms, Sampling(1))
+    at = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    drawn, logp = draw(logits, at, Sampling(1))
     assert drawn.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     torch.testing.assert_close(logp.exp(), torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4]))
-    drawn, logp = generate._draw(logits, uniforms, Sampling(1, greedy=True))
+    drawn, logp = draw(logits, at, Sampling(1, greedy=True))
     assert drawn.tolist() == [3] * 8
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
     logits = torch.full((4, 6), -torch.inf)
     logits[:, 2] = 1.0
-    uniforms = torch.tensor([0.0, 0.5, 0.999, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    drawn, logp = generate._draw(logits, uniforms, Sampling(1))
+    at = torch.tensor([0.0, 0.5, 0.999, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    drawn, logp = draw(logits, at, Sampling(1))
     assert drawn.tolist() == [2] * 4
     assert logp.tolist() == [0.0] * 4
 
 
 def test_uniforms_are_a_function_of_seed_and_number() -> None:
-    some = generate._uniforms(3, [5, 0, 2], 6)
-    more = generate._uniforms(3, [0, 1, 2, 3, 4, 5], 9)
+    some = uniforms(3, [5, 0, 2], 6)
+    more = uniforms(3, [0, 1, 2, 3, 4, 5], 9)
     np.testing.assert_array_equal(some, more[[5, 0, 2], :6])
-    assert not np.array_equal(generate._uniforms(4, [0], 6)[0], more[0, :6])
+    assert not np.array_equal(uniforms(4, [0], 6)[0], more[0, :6])
     assert bool((more >= 0).all())
     assert bool((more < 1).all())
 
@@ -291,7 +341,7 @@ def test_uniforms_are_a_function_of_seed_and_number() -> None:
 def test_out_of_memory_halves_and_gives_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     role = full_role(make_base("llama"))
     wanted = ids_of(sample(role, prompts(), 2, [EOS, 5], Sampling(8), 2))
-    right, tried = generate._decode, []
+    right, tried = generate.ENGINES["own"], []
 
     def small(policy: Role, group: Any, *rest: Any) -> Any:
         tried.append(len(group))
@@ -299,7 +349,7 @@ def test_out_of_memory_halves_and_gives_the_same(limit: int, monkeypatch: pytest
             raise torch.OutOfMemoryError("simulated")
         return right(policy, group, *rest)
 
-    monkeypatch.setattr(generate, "_decode", small)
+    monkeypatch.setitem(generate.ENGINES, "own", small)
     assert ids_of(sample(role, prompts(), 2, [EOS, 5], Sampling(8), 2)) == wanted
     assert max(tried) == 6
 
@@ -308,10 +358,37 @@ def test_out_of_memory_for_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> Any:
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(generate, "_decode", none)
+    monkeypatch.setitem(generate.ENGINES, "own", none)
     with pytest.raises(ModelError, match="a single completion") as caught:
         sample(full_role(make_base("llama")), prompts(), 2, [EOS], Sampling(8), 2)
     assert caught.value.problems[0].where == "llama"
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_engine_that_returns_too_few_or_too_many(change: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = generate.ENGINES["generate"]
+
+    def wrong(*rest: Any) -> Any:
+        completed = right(*rest)
+        return completed[:change] if change < 0 else [*completed, completed[0]]
+
+    monkeypatch.setitem(generate.ENGINES, "generate", wrong)
+    with pytest.raises(ModelError, match=rf"'generate' returned {12 + change} completions of 12") as caught:
+        sample(full_role(make_base("llama")), prompts(), 2, [EOS], Sampling(4, engine="generate"), 2)
+    assert caught.value.problems[0].where == "rollout.engine"
+
+
+def test_stats_count_what_was_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    role, settings = full_role(make_base("llama")), Sampling(9)
+    assert settings.stats.take() == {}
+    drawn = everything(sample(role, prompts(), 2, [EOS, 5], settings, 2))
+    drawn += everything(sample(role, prompts(), 1, [EOS, 5], replace(settings, greedy=True), 2))
+    found = settings.stats.take()
+    assert found["rollout/tokens"] == sum(len(c.ids) for c in drawn)
+    assert found["rollout/tokens_per_second"] == pytest.approx(found["rollout/tokens"] / found["rollout/seconds"])
+    assert 0 < found["rollout/useful_share"] <= 1
+    assert found["rollout/halvings"] == 0
+    assert settings.stats.take() == {}
 
 
 def test_no_prompts_and_no_open_graph() -> None:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_cli.data.examples import Message, Task
-from rlhf_cli.data.tokens import Sample
+from rlhf_cli.data.template import Template, load_template
+from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import DivergedError, RecipeError
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import scalar_head
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import ModelSettings, RewardSettings
-from rlhf_cli.rollouts.rewards import (
-    STATISTICS,
-    FunctionReward,
-    ModelReward,
-    Rollout,
-    load_function,
-    model_reward,
-    retokenise,
-    total,
-)
-from tests.models.worlds import kinds, make_base, refused, write_model
+from rlhf_cli.rollouts.functions import FunctionReward, load_function
+from rlhf_cli.rollouts.loading import Judge, check_run, opened
+from rlhf_cli.rollouts.normalise import Scaling
+from rlhf_cli.rollouts.places import places, retokenise
+from rlhf_cli.rollouts.rewards import STATISTICS, Rollout, Scores, total
+from rlhf_cli.rollouts.scorers import ModelReward
+from tests.models.worlds import kinds, make_base, refused, write_model, write_tokenizer
 
 TASKS = [
     Task("one?", "tasks.jsonl:1", {"answer": 1, "tags": ["a"]}),
@@ -38,6 +39,12 @@ TASKS = [
 ]
 ROLLOUT = Rollout(TASKS, ["1", "two", "3 3"], [])
 Write = Callable[..., FunctionReward]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    """Of a byte-level tokenizer."""
+    return load_template(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def write(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def made(write: Callable[[str], str]) -> Write:
+def made(write: Callable[[str], str], template: Template) -> Write:
     """A loaded function reward. The first call, on made-up completions, must pass: `quiet` lets only it pass."""
 
     def make(
@@ -61,7 +68,7 @@ def made(write: Callable[[str], str]) -> Write:
         guard = "    if completions[0] == 'A short answer.': return [0.0] * len(completions)\n" if quiet else ""
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         name = write(f"def score({signature}):\n{guard}{lines}")
-        return load_function(RewardSettings(function=name, **settings), TASKS)
+        return load_function(RewardSettings(function=name, **settings), TASKS, template)
 
     return make
 
@@ -79,8 +86,10 @@ def made(write: Callable[[str], str]) -> Write:
 def test_kinds_of_numbers(made: Write, result: str) -> None:
     reward = made(f"import numpy, torch\nreturn {result}")
     scores = reward(ROLLOUT)
-    assert scores.dtype == np.float64
-    assert scores.tolist() == [1.0, 2.5, 1.0]
+    assert scores.sequence.dtype == np.float64
+    assert scores.sequence.tolist() == [1.0, 2.5, 1.0]
+    assert scores.valid.all()
+    assert scores.tokens is None
 
 
 def test_what_a_function_gets(made: Write) -> None:
@@ -91,7 +100,7 @@ def test_what_a_function_gets(made: Write) -> None:
         "return [float(str(a) in c) for a, c in zip(answer, completions)]",
         signature="completions, prompts, answer, tags",
     )
-    assert reward(ROLLOUT).tolist() == [1.0, 0.0, 1.0]
+    assert reward(ROLLOUT).sequence.tolist() == [1.0, 0.0, 1.0]
     assert reward.name == "score"
 
 
@@ -105,14 +114,14 @@ def test_signatures(made: Write, signature: str, keys: str) -> None:
     reward = made(
         f"have = list(locals())\nassert set({keys.split()}) <= set({have})\nreturn [0] * 3", signature=signature
     )
-    assert reward(ROLLOUT).tolist() == [0.0] * 3
+    assert reward(ROLLOUT).sequence.tolist() == [0.0] * 3
 
 
 def test_a_missing_fact_is_none(made: Write) -> None:
     tasks = [Task("a", "t:1", {"x": 1}), Task("b", "t:2")]
     reward = made("return [0.0 if v is None else v for v in answer]", signature="completions, answer")
     rollout = Rollout([*TASKS[:1], *tasks[1:]], ["1", "2"], [])
-    assert reward(rollout).tolist() == [1.0, 0.0]
+    assert reward(rollout).sequence.tolist() == [1.0, 0.0]
 
 
 def test_changing_the_input_changes_nothing(made: Write) -> None:
@@ -122,7 +131,7 @@ def test_changing_the_input_changes_nothing(made: Write) -> None:
         signature="prompts, completions, answer, tags",
     )
     for _ in range(2):
-        assert reward(ROLLOUT).tolist() == [1.0, 3.0, 3.0]
+        assert reward(ROLLOUT).sequence.tolist() == [1.0, 3.0, 3.0]
     assert [t.facts["tags"] for t in TASKS] == [["a"], ["b"], ["c"]]
     assert ROLLOUT.completions == ["1", "two", "3 3"]
 
@@ -136,9 +145,11 @@ def test_printing_goes_to_stderr(made: Write, capsys: pytest.CaptureFixture[str]
     assert "and this" in seen.err
 
 
-def test_printing_on_import_goes_to_stderr(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_printing_on_import_goes_to_stderr(
+    write: Callable[[str], str], template: Template, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = write("print('loading')\ndef score(completions): return [0.0] * len(completions)\n")
-    load_function(RewardSettings(function=name), TASKS)
+    load_function(RewardSettings(function=name), TASKS, template)
     seen = capsys.readouterr()
     assert (seen.out, "loading" in seen.err) == ("", True)
 
@@ -167,11 +178,9 @@ def test_printing_before_raising_is_not_lost(made: Write, capsys: pytest.Capture
         ("return None", ["NoneType", "a list of numbers is wanted"]),
         ("return 1.0", ["float", "a list of numbers is wanted"]),
         ("return ['a', 'b', 'c']", ["a list of numbers is wanted"]),
-        ("return [1.0, None, 2.0]", ["a list of numbers is wanted"]),
         ("return 'abc'", ["a list of numbers is wanted"]),
         ("return {'a': 1, 'b': 2, 'c': 3}", ["a list of numbers is wanted"]),
         ("return [[1.0], [2.0], [3.0]]", ["a list of numbers is wanted"]),
-        ("return [1.0, float('nan'), 2.0]", ["returned nan", "tasks.jsonl:2"]),
         ("return [1.0, 2.0, float('inf')]", ["returned inf", "tasks.jsonl:3"]),
         ("return [1.0, 2.0, -float('inf')]", ["returned -inf", "tasks.jsonl:3"]),
         ("import numpy\nreturn numpy.ones((3, 2))", ["a list of numbers is wanted"]),
@@ -181,6 +190,18 @@ def test_printing_before_raising_is_not_lost(made: Write, capsys: pytest.Capture
         ("return ['1', '2', '3']", ["a list of numbers is wanted"]),
         ("return {1: 'a', 2: 'b', 3: 'c'}", ["dict", "a list of numbers is wanted"]),
         ("return {1.0, 2.0, 3.0}", ["set", "a list of numbers is wanted"]),
+        ("return {}", ["dict", "a list of numbers is wanted"]),
+        ("return {'a': [1, 2, 3], 'b': [1, 2]}", ["returned 2 scores in part 'b' for 3 completions"]),
+        ("return {'a': [1, 2, float('inf')]}", ["returned inf", "tasks.jsonl:3"]),
+        ("return [[(1, 0.5)], [(4, 1.0)], []]", ["after character 4 of a completion of 3", "tasks.jsonl:2"]),
+        ("return [[(-1, 0.5)], [], []]", ["after character -1", "tasks.jsonl:1"]),
+        ("return [[(1, float('inf'))], [], []]", ["returned inf", "tasks.jsonl:1"]),
+        ("return [[(1, 0.5)], []]", ["returned 2 scores for 3 completions"]),
+        ("return [[(1, 0.5)], 2.0, []]", ["a list of numbers is wanted"]),
+        ("return [[(1.5, 0.5)], [], []]", ["a list of numbers is wanted"]),
+        ("return [[(True, 0.5)], [], []]", ["a list of numbers is wanted"]),
+        ("return [[(1, 0.5, 2)], [], []]", ["a list of numbers is wanted"]),
+        ("return [[(1, 'x')], [], []]", ["a list of numbers is wanted"]),
         ("async def later(): return [0.0] * 3\nmade = later()\nmade.close()\nreturn made", ["coroutine"]),
     ],
 )
@@ -240,39 +261,258 @@ def test_a_function_that_fails_at_once_is_seen_at_load(made: Write) -> None:
         ("def score(completions, /): return []\n", ["completions"]),
     ],
 )
-def test_files_that_cannot_be_used(write: Callable[[str], str], code: str, words: list[str]) -> None:
-    refused(lambda: load_function(RewardSettings(function=write(code)), TASKS), "score.py", *words, kind=RecipeError)
-
-
-@pytest.mark.parametrize("name", ["nowhere.py:score", "score", "folder:score", ":score", "nowhere.py:"])
-def test_no_such_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    refused(lambda: load_function(RewardSettings(function=name), TASKS), "no such file", kind=RecipeError)
-
-
-def test_a_file_that_is_not_python(tmp_path: Path) -> None:
-    (tmp_path / "score.txt").write_text("hello")
-    refused(lambda: load_function(RewardSettings(function=f"{tmp_path}/score.txt:score"), TASKS), "not a Python file",
+def test_files_that_cannot_be_used(
+    write: Callable[[str], str], template: Template, code: str, words: list[str]
+) -> None:
+    name = write(code)
+    refused(lambda: load_function(RewardSettings(function=name), TASKS, template), "score.py", *words,
             kind=RecipeError)  # fmt: skip
 
 
-# --- sums, clips and models --------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["nowhere.py:score", "score", "folder:score", ":score", "nowhere.py:"])
+def test_no_such_file(name: str, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    refused(lambda: load_function(RewardSettings(function=name), TASKS, template), "no such file", kind=RecipeError)
 
 
-def constant(name: str, values: list[float], weight: float = 1.0, clip: float | None = None) -> FunctionReward:
-    return FunctionReward(name, weight, lambda: values, f"{name}.py:{name}", clip, 5.0)
+def test_a_file_that_is_not_python(template: Template, tmp_path: Path) -> None:
+    (tmp_path / "score.txt").write_text("hello")
+    settings = RewardSettings(function=f"{tmp_path}/score.txt:score")
+    refused(lambda: load_function(settings, TASKS, template), "not a Python file", kind=RecipeError)
+
+
+# --- rows that cannot be scored, parts, rewards inside a completion ----------------------------------------
+
+
+def test_none_and_nan_are_rows_without_a_score(made: Write) -> None:
+    scores = made("import numpy\nreturn [None, 2.5, numpy.float32('nan')]")(ROLLOUT)
+    assert scores.valid.tolist() == [False, True, False]
+    assert scores.sequence.tolist() == [0.0, 2.5, 0.0]
+
+
+def test_named_parts_are_summed_and_logged(made: Write) -> None:
+    reward = made("return {'long': [1, 2, 3], 'kind': (0.5, None, -1)}")
+    scores = reward(ROLLOUT)
+    assert scores.sequence.tolist() == [1.5, 0.0, 2.0]
+    assert scores.valid.tolist() == [True, False, True]
+    totals = total([reward], ROLLOUT, None, learn=False)  # type: ignore[arg-type]
+    assert totals.metrics == {
+        "rewards/score/mean": 1.75, "rewards/score/std": 0.25, "rewards/score/invalid": 1.0,
+        "rewards/score/long/mean": 2.0, "rewards/score/kind/mean": -0.25,
+    }  # fmt: skip
+
+
+def test_an_async_function(write: Callable[[str], str], template: Template) -> None:
+    name = write("import asyncio\nasync def score(completions):\n    await asyncio.sleep(0)\n"
+                 "    return [float(len(c)) for c in completions]\n")  # fmt: skip
+    reward = load_function(RewardSettings(function=name), TASKS, template)
+    assert reward(ROLLOUT).sequence.tolist() == [1.0, 3.0, 3.0]
+
+
+def test_the_ids_of_the_completions(made: Write, template: Template) -> None:
+    """As TRL gives them: lists of the policy's token ids, the end token included; at the first call too."""
+    reward = made(
+        "assert all(type(i) is int for row in completion_ids for i in row)\n"
+        "return [float(len(row)) for row in completion_ids]",
+        signature="completions, completion_ids", quiet=False,
+    )  # fmt: skip
+    rollout = in_tokens(template, "Hello there", "two plus two")
+    assert reward(rollout).sequence.tolist() == [float(len(s.completions[0].ids)) for s in rollout.samples]
+
+
+def in_tokens(template: Template, *texts: str) -> Rollout:
+    """A rollout whose texts are the tokenizer's own tokens of them, and an end token."""
+    samples = [retokenise(template, TASKS[0], text, finished=True) for text in texts]
+    back = [template.decode(s.completions[0].ids, after=s.prompt) for s in samples]
+    assert back == list(texts)
+    return Rollout([TASKS[0]] * len(texts), back, samples, [True] * len(texts))
+
+
+def by_prefixes(template: Template, rollout: Rollout, end: int) -> int:
+    """Where character `end` of the first completion ends: the slow way, token by token."""
+    ids, text = rollout.samples[0].completions[0].ids, rollout.completions[0]
+    for count in range(1, len(ids) + 1):
+        start = template.decode(ids[:count], after=rollout.samples[0].prompt)
+        if text.startswith(start) and len(start) >= end:
+            return count - 1
+    raise AssertionError(end)
+
+
+TEXTS = [
+    "Hello there, how are you today?", "naïve café \U0001f600 done", "你好，世界。", "a  b\n\n c", "", " ", "\n",
+    "one two  three", "ends in space ", "\U0001f600\U0001f600",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_character_has_its_token(template: Template, text: str) -> None:
+    """Against the slow way; only white space inside the token of the next word goes to the token before."""
+    rollout = in_tokens(template, text)
+    ids = rollout.samples[0].completions[0].ids
+    ends = list(range(len(text) + 1))
+    found = places(template, rollout.samples[0], text, ends)
+    assert found == sorted(found)
+    assert found[0] == 0
+    for end, place in list(zip(ends, found, strict=True))[1:]:
+        plain = by_prefixes(template, rollout, end)
+        after = template.decode(ids[: plain + 1], after=rollout.samples[0].prompt)
+        if len(after) > end and text[:end] != text[:end].rstrip() and after.startswith(text[:end]):
+            bare = len(text[:end].rstrip())
+            assert place == max(plain - 1, by_prefixes(template, rollout, bare) if bare else 0)
+        else:
+            assert place == plain
+
+
+@given(st.lists(st.sampled_from(["one", " two", "\U0001f600", "é", "。", "  ", "\n", ", "]), max_size=60), st.data())
+def test_long_texts_are_read_block_by_block_as_from_the_start(
+    template: Template, words: list[str], data: st.DataObject
+) -> None:
+    text = "".join(words)
+    rollout = in_tokens(template, text)
+    end = data.draw(st.integers(1, len(text) or 1))
+    if text and not text[end - 1].isspace():
+        assert places(template, rollout.samples[0], text, [end]) == [by_prefixes(template, rollout, end)]
+
+
+@given(st.lists(st.integers(5, 260), min_size=1, max_size=60))
+def test_any_tokens_a_policy_may_sample_have_places(template: Template, ids: list[int]) -> None:
+    """Bytes that are no characters too: every place is a token, none comes before an earlier one."""
+    prompt = retokenise(template, TASKS[0], "x", finished=True).prompt
+    sample = Sample(prompt, (Completion(np.array(ids, np.int32), np.ones(len(ids), bool)),), {}, "t")
+    text = template.decode(sample.completions[0].ids, after=prompt)
+    found = places(template, sample, text, list(range(len(text) + 1)))
+    assert found == sorted(found)
+    assert set(found) <= set(range(len(ids)))
+
+
+def test_a_character_of_several_tokens_ends_in_its_last(template: Template) -> None:
+    rollout = in_tokens(template, "a\U0001f600b")
+    ids = rollout.samples[0].completions[0].ids
+    assert len(ids) == 7, "a, four bytes, b and the end token"
+    assert places(template, rollout.samples[0], "a\U0001f600b", [1, 2, 3]) == [0, 4, 5]
+
+
+def test_white_space_in_the_token_of_the_next_word(template: Template) -> None:
+    """A segment that ends with a space: its reward does not stand on the word after it."""
+    text = "Hello there, how"
+    rollout = in_tokens(template, text)
+    ids = rollout.samples[0].completions[0].ids
+    pieces = [template.decode(ids[i : i + 1]) for i in range(len(ids))]
+    comma = pieces.index(",")
+    assert pieces[comma + 1] == " how"
+    assert places(template, rollout.samples[0], text, [12, 13, 14]) == [comma, comma, comma + 1]
+
+
+def test_rewards_inside_completions_keep_their_sum(made: Write, template: Template) -> None:
+    reward = made("return [[(end, 0.25 + end) for end in range(len(c) + 1)] for c in completions]", quiet=False)
+    texts = [*TEXTS, "the last"]
+    rollout = in_tokens(template, *texts)
+    scores = reward(rollout)
+    assert scores.tokens is not None
+    assert scores.sequence.tolist() == [0.0] * len(texts)
+    for text, sample, row in zip(texts, rollout.samples, scores.tokens, strict=True):
+        assert row.shape == sample.completions[0].ids.shape
+        assert row.sum() == sum(0.25 + end for end in range(len(text) + 1))
+    np.testing.assert_array_equal(scores.totals, [row.sum() for row in scores.tokens])
+
+
+def test_rewards_inside_completions_and_rows_without_a_score(made: Write, template: Template) -> None:
+    reward = made("return [[(1, 2.0), (1, 3.0)], None, [], [(2, None)]]")
+    rollout = in_tokens(template, "ab", "cd", "ef", "gh")
+    scores = reward(rollout)
+    assert scores.valid.tolist() == [True, False, True, False]
+    assert scores.tokens is not None
+    assert [row.sum() for row in scores.tokens] == [5.0, 0.0, 0.0, 0.0]
+    assert scores.tokens[0][0] == 5.0
+
+
+# --- sums ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A reward that always says the same."""
+
+    name: str
+    scores: Scores
+    weight: float = 1.0
+    role: Literal["reward", "cost"] = "reward"
+    scaling: Scaling = field(default_factory=Scaling)
+    state: None = None
+
+    def __call__(self, rollout: Rollout, infer: Any) -> Scores:
+        return self.scores
+
+
+def fixed(name: str, values: list[float], weight: float = 1.0, clip: float | None = None, **more: Any) -> Fixed:
+    """Scores at the end; NaN is not valid."""
+    array = np.array(values)
+    scores = Scores(np.nan_to_num(array), more.pop("tokens", None), ~np.isnan(array))
+    return Fixed(name, scores, weight, scaling=Scaling(clip=clip), **more)
+
+
+def summed(*rewards: Fixed) -> Any:
+    """Their totals."""
+    return total(rewards, ROLLOUT, None, learn=False)  # type: ignore[arg-type]
 
 
 def test_total() -> None:
-    rewards = [constant("a", [1.0, 2.0, 9.0], 2.0), constant("b", [4.0, -8.0, 0.0], -0.5, clip=5.0)]
-    scores, metrics = total(rewards, ROLLOUT, None)  # type: ignore[arg-type]
-    assert scores.tolist() == [2.0 - 2.0, 4.0 + 2.5, 18.0]
-    parts = [r(ROLLOUT) for r in rewards]
-    np.testing.assert_allclose(scores, 2.0 * parts[0] - 0.5 * parts[1])
-    assert metrics["rewards/a/mean"] == 4.0
-    assert metrics["rewards/b/mean"] == pytest.approx((4 - 5 + 0) / 3)
-    assert metrics["rewards/a/std"] == pytest.approx(float(np.std([1, 2, 9])))
+    rewards = [fixed("a", [1.0, 2.0, 9.0], 2.0), fixed("b", [4.0, -8.0, 0.0], -0.5, clip=5.0)]
+    totals = summed(*rewards)
+    assert totals.reward.sequence.tolist() == [2.0 - 2.0, 4.0 + 2.5, 18.0]
+    assert totals.reward.tokens is None
+    assert totals.cost is None
+    assert totals.reward.valid.all()
+    assert totals.metrics == {
+        "rewards/a/mean": 4.0, "rewards/a/std": pytest.approx(float(np.std([1, 2, 9]))), "rewards/a/invalid": 0.0,
+        "rewards/b/mean": pytest.approx((4 - 5 + 0) / 3), "rewards/b/std": pytest.approx(float(np.std([4, -5, 0]))),
+        "rewards/b/invalid": 0.0, "rewards/b/clipped": 1.0,
+    }  # fmt: skip
+
+
+def test_costs_are_summed_by_themselves() -> None:
+    totals = summed(
+        fixed("a", [1.0, 2.0, 3.0]), fixed("harm", [0.5, -1.0, 4.0], 2.0, role="cost"),
+        fixed("risk", [1.0, 1.0, 1.0], 0.5, role="cost"),
+    )  # fmt: skip
+    assert totals.reward.sequence.tolist() == [1.0, 2.0, 3.0]
+    assert totals.cost.sequence.tolist() == [1.5, -1.5, 8.5]
+
+
+def test_a_row_that_one_reward_cannot_score_is_not_valid_in_any_sum() -> None:
+    nan = float("nan")
+    rows = [np.array([1.0, 2.0]), np.array([3.0]), np.array([4.0])]
+    totals = summed(
+        fixed("a", [1.0, 2.0, nan]), fixed("b", [5.0, 5.0, 5.0], tokens=rows), fixed("c", [nan, 7.0, 7.0], role="cost")
+    )
+    for scores in (totals.reward, totals.cost):
+        assert scores.valid.tolist() == [False, True, False]
+    assert totals.reward.sequence.tolist() == [0.0, 7.0, 0.0]
+    assert [row.tolist() for row in totals.reward.tokens] == [[0.0, 0.0], [3.0], [0.0]]
+    assert totals.reward.totals.tolist() == [0.0, 10.0, 0.0]
+    assert totals.cost.sequence.tolist() == [0.0, 7.0, 0.0]
+    assert totals.cost.tokens is None
+    invalid = {k: v for k, v in totals.metrics.items() if k.endswith("invalid")}
+    assert invalid == {"rewards/a/invalid": 1.0, "rewards/b/invalid": 0.0, "rewards/c/invalid": 1.0}
+    assert totals.metrics["rewards/a/mean"] == 1.5, "over the rows that it could score"
+
+
+def test_a_rollout_without_any_score() -> None:
+    nan = float("nan")
+    refused(lambda: summed(fixed("a", [nan] * 3), fixed("b", [1.0] * 3)), "none of the 3 completions", "reward a")
+    refused(lambda: summed(fixed("a", [nan, nan, 1.0]), fixed("b", [1.0, 1.0, nan])), "reward a, b")
+
+
+def test_token_rewards_are_weighted_and_added() -> None:
+    one, two = [np.array([1.0, 0.0]), np.zeros(1), np.ones(1)], [np.array([0.0, 3.0]), np.ones(1), np.ones(1)]
+    totals = summed(fixed("a", [0.0] * 3, 2.0, tokens=one), fixed("b", [1.0] * 3), fixed("c", [0.0] * 3, tokens=two))
+    assert [row.tolist() for row in totals.reward.tokens] == [[2.0, 3.0], [1.0], [3.0]]
+    assert totals.reward.sequence.tolist() == [1.0, 1.0, 1.0]
+    assert one[0].tolist() == [1.0, 0.0], "what a reward gave is not changed"
+
+
+# --- models -------------------------------------------------------------------------------------------------
 
 
 def scored_by(role: Role, samples: list[Sample]) -> Callable[..., list[torch.Tensor]]:
@@ -290,6 +530,15 @@ def scored_by(role: Role, samples: list[Sample]) -> Callable[..., list[torch.Ten
     return infer
 
 
+@pytest.fixture(scope="module")
+def rm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model's folder that says it is a classifier; nobody reads its weights."""
+    folder = write_model(tmp_path_factory.mktemp("rm"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    return folder
+
+
 def reward_role() -> Role:
     base = make_base("llama")
     return Role("reward", base, None, scalar_head(base, torch.randn(1, 32, generator=torch.Generator().manual_seed(1))))
@@ -301,12 +550,14 @@ def test_a_model_reward_is_shifted_scaled_and_clipped(clip: float | None) -> Non
     samples = kinds(1)["demonstrations"][:3]
     rollout = Rollout(TASKS, ["a", "b", "c"], samples)
     infer = scored_by(role, seen)
-    raw = ModelReward("rm", 1.0, role, 0.0, 1.0, None, None)(rollout, infer)
+    reward = ModelReward("rm", 1.0, "reward", Scaling(0.5, 2.0, clip=clip), role, None)
+    raw = reward(rollout, infer)
     assert seen == samples, "the policy's own tokens"
-    scores = ModelReward("rm", 1.0, role, 0.5, 2.0, clip, None)(rollout, infer)
-    wanted = (raw - 0.5) / 2.0
-    np.testing.assert_allclose(scores, wanted if clip is None else np.clip(wanted, -clip, clip), rtol=1e-6)
-    assert len(set(raw.tolist())) == 3
+    assert raw.valid.all()
+    scores = total([reward], rollout, infer, learn=True).reward.sequence
+    wanted = (raw.sequence - 0.5) / 2.0
+    np.testing.assert_allclose(scores, wanted if clip is None else np.clip(wanted, -clip, clip), rtol=1e-12)
+    assert len(set(raw.sequence.tolist())) == 3
 
 
 def test_a_model_score_that_is_not_finite_is_named() -> None:
@@ -314,36 +565,52 @@ def test_a_model_score_that_is_not_finite_is_named() -> None:
     assert role.head is not None
     role.head.weight.data.fill_(float("nan"))
     rollout = Rollout(TASKS, ["a", "b", "c"], kinds(1)["demonstrations"][:3])
-    reward = ModelReward("rm", 1.0, role, 0, 1, 0.5, None)
-    refused(
-        lambda: total([reward], rollout, scored_by(role, [])), "tasks.jsonl:1", "nan", "reward rm", kind=DivergedError
-    )
+    reward = ModelReward("rm", 1.0, "reward", Scaling(clip=0.5), role, None)
+    refused(lambda: total([reward], rollout, scored_by(role, []), learn=True), "tasks.jsonl:1", "nan", "reward rm",
+            kind=DivergedError)  # fmt: skip
 
 
-def test_statistics_of_the_reward_model(model_folder: Path, tmp_path: Path) -> None:
-    text, role = load_text(ModelSettings(name_or_path=str(model_folder))), reward_role()
-    settings = RewardSettings(run=str(model_folder), weight=0.5, clip=3.0)
-    refused(lambda: model_reward(settings, text, role, text), STATISTICS, "normalize: false", kind=RecipeError)
-    plain = model_reward(settings.model_copy(update={"normalize": False}), text, role, text)
-    assert (plain.mean, plain.std, plain.weight, plain.clip) == (0.0, 1.0, 0.5, 3.0)
-    folder = write_model(tmp_path / "rm")
+def test_statistics_of_the_reward_model(rm_folder: Path, tmp_path: Path) -> None:
+    role = reward_role()
+    made = ModelSettings(name_or_path=str(rm_folder))
+    text = load_text(made, "reward")
+    settings = RewardSettings(run=str(rm_folder), weight=0.5, clip=3.0)
+    refused(lambda: check_run(settings, made, text, TASKS), STATISTICS, "normalize: false", kind=RecipeError)
+    for plain in ({"normalize": False}, {"normalize": "running"}, {"role": "cost"}):
+        judge = check_run(RewardSettings(run=str(rm_folder), weight=0.5, clip=3.0, **plain), made, text, TASKS)
+        reward = opened(judge, role, text)
+        scaling = reward.scaling
+        assert (scaling.mean, scaling.std, scaling.clip, reward.weight) == (0.0, 1.0, 3.0, 0.5)
+        assert (reward.state is not None) == (plain == {"normalize": "running"})
+        assert reward.role == plain.get("role", "reward")
+    folder = tmp_path / "rm"
+    shutil.copytree(rm_folder, folder)
     (folder / STATISTICS).write_text(json.dumps({"mean": 1.5, "std": 0.25}))
-    own = load_text(ModelSettings(name_or_path=str(folder)))
-    reward = model_reward(RewardSettings(run=str(folder)), own, role, text)
-    assert (reward.mean, reward.std, reward.name) == (1.5, 0.25, "rm")
-    assert reward.template is None, "the same tokenizer and template: no text is tokenised anew"
+    for settings in (RewardSettings(run=str(folder)), RewardSettings(run=str(folder), normalize=True)):
+        reward = opened(check_run(settings, made, text, TASKS), role, text)
+        assert isinstance(reward, ModelReward)
+        assert (reward.scaling.mean, reward.scaling.std, reward.name) == (1.5, 0.25, "rm")
+        assert reward.template is None, "the same tokenizer and template: no text is tokenised anew"
 
 
-def test_another_tokenizer_tokenises_anew(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_whole_completions_has_no_steps(rm_folder: Path) -> None:
+    made = ModelSettings(name_or_path=str(rm_folder))
+    text = load_text(made, "reward")
+    settings = RewardSettings(run=str(rm_folder), place="steps")
+    refused(lambda: check_run(settings, made, text, TASKS), "rewards.place", "step_labels", kind=RecipeError)
+
+
+def test_another_tokenizer_tokenises_anew(rm_folder: Path) -> None:
     """The reward model reads the texts in its own tokens: prompt, completion, end token."""
-    text = load_text(ModelSettings(name_or_path=str(model_folder)))
-    other = load_text(ModelSettings(name_or_path=str(model_folder), chat_template=(
+    text = load_text(ModelSettings(name_or_path=str(rm_folder)), "reward")
+    other = load_text(ModelSettings(name_or_path=str(rm_folder), chat_template=(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )))  # fmt: skip
-    settings = RewardSettings(run=str(model_folder), normalize=False)
+    )), "reward")  # fmt: skip
+    settings = RewardSettings(run=str(rm_folder), normalize=False)
     role, seen = reward_role(), []
-    reward = model_reward(settings, other, role, text)
+    reward = opened(Judge(settings, other, 0.0, 1.0, None, None), role, text)
+    assert isinstance(reward, ModelReward)
     assert reward.template is other.template
     tasks = [Task((Message("user", "two?"),), "t:2")]
 
@@ -352,7 +619,7 @@ def test_another_tokenizer_tokenises_anew(model_folder: Path, tmp_path: Path) ->
         return [torch.ones(1)] * len(given)
 
     rollout = Rollout(tasks, ["good"], kinds()["demonstrations"][:1], [True])
-    assert reward(rollout, infer).tolist() == [1.0]
+    assert reward(rollout, infer).sequence.tolist() == [1.0]
     (sample,) = seen
     assert other.tokenizer.decode(sample.prompt) == "<user>two?<|im_end|><assistant>"
     assert other.tokenizer.decode(sample.completions[0].ids) == "good<|im_end|>"

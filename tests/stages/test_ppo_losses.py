@@ -20,7 +20,14 @@ from rlhf_cli.rollouts.experience import Experience, pad
 from rlhf_cli.rollouts.rewards import Rollout
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Plain
-from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, counts, policy_loss, value_loss
+from rlhf_cli.stages.ppo_losses import (
+    Coefficients,
+    Lesson,
+    Target,
+    counts,
+    policy_loss,
+    value_loss,
+)
 from rlhf_cli.stages.ppo_setup import Ptx
 from rlhf_cli.train.engine import Engine, Losses, Part
 from tests.models.worlds import full_role, make_base, tokens
@@ -54,7 +61,9 @@ def make_lesson(samples: list[Sample]) -> Lesson:
     experience = Experience(
         Rollout([], [], samples), rows >= 0, rows, mask, logp, logp, noise(0.5, -4.0), torch.zeros_like(logp), noise(1)
     )
-    return Lesson(experience, noise(1.0), noise(1.0), 0.8)
+    advantages, old = noise(1.0), experience.values
+    assert old is not None
+    return Lesson(experience, advantages, 0.8, (Target(old, noise(1.0)), Target(noise(0.5), noise(0.5, 2.0))))
 
 
 def make_engine(folder: Path, role: Role, budget: int, *, packed: bool) -> Engine:
@@ -96,8 +105,7 @@ def test_an_update_is_the_same_however_it_is_cut(tmp_path: Path, chosen: dict[st
         own = [samples[k] for k in CHUNK]
         loss = policy_loss(role, settings, lesson, CHUNK, Coefficients(0.3, 0.7))
         metrics = engine.update(role, own, loss, divisors, also=other_text(role))
-        assert lesson.experience.values is not None
-        critic = value_loss(role, lesson.experience.values, settings, lesson, CHUNK)
+        critic = value_loss(role, lesson.targets[0], settings.value_clip, lesson, CHUNK)
         metrics |= {f"critic/{k}": v for k, v in engine.update(role, own, critic, divisors).items()}
         found.append((metrics, {k: before[k] - v for k, v in role.tensors().items()}))
     for metrics, moved in found[1:]:
@@ -138,15 +146,14 @@ def test_an_update_of_the_critic_by_hand(tmp_path: Path) -> None:
     lesson = make_lesson(samples)
     engine = make_engine(tmp_path / "run", role, 20, packed=True)
     values = engine.infer(role, samples, role.values)
-    old = lesson.experience.values
-    assert old is not None
+    old, returns = lesson.targets[0].old, lesson.targets[0].returns
     wanted = 0.0
     for row in CHUNK:
         for t in range(LENGTHS[row]):
-            v, before, target = float(values[row][t]), float(old[row, t]), float(lesson.returns[row, t])
+            v, before, target = float(values[row][t]), float(old[row, t]), float(returns[row, t])
             near = before + min(max(v - before, -0.2), 0.2)
             wanted += max((v - target) ** 2, (near - target) ** 2) / 2 / 17
-    loss = value_loss(role, old, PPOSettings(aggregate="constant"), lesson, CHUNK)  # which is the policy's
+    loss = value_loss(role, lesson.targets[0], 0.2, lesson, CHUNK)
     metrics = engine.update(role, [samples[k] for k in CHUNK], loss, counts(lesson, CHUNK, ROOM))
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-4)
 

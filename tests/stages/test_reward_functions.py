@@ -19,6 +19,10 @@ import sys, time
 CALLS = []
 
 
+def length(completions):
+    return [float(len(c)) for c in completions]
+
+
 def raises(completions):
     raise ValueError("no such thing")
 
@@ -58,6 +62,18 @@ def later(prompts, completions):
     return [0.0] * len(completions)
 
 
+def some(completions, number):
+    return [None if n % 2 else float(len(c)) for n, c in zip(number, completions)]
+
+
+def parts(completions):
+    return {"long": [float(len(c)) for c in completions], "one": [1.0] * len(completions)}
+
+
+def inside(completions):
+    return [[(end, 1.0) for end in range(1, len(c) + 1) if c[end - 1] == "o"] for c in completions]
+
+
 def greedy(prompts, completions, number):
     print("a word on stdout")
     scores = [float(n) for n in number]
@@ -87,8 +103,7 @@ def ppo(toy: Toy, tmp_path: Path) -> Toy:
     [
         ("absent", 2, ("has no function absent",)),
         ("wants", 2, ("'colour'", "number")),
-        ("raises", 4, ("ValueError: no such thing", "rewards.py:8")),
-        ("nan", 4, ("nan", "prompts.jsonl:1")),
+        ("raises", 4, ("ValueError: no such thing", "rewards.py:12")),
         ("short", 4, ("1 scores for 2 completions",)),
         ("text", 4, ("list of numbers",)),
         ("nothing", 4, ("NoneType",)),
@@ -131,6 +146,121 @@ def test_a_fault_in_the_middle_names_the_row(ppo: Toy) -> None:
     assert "inf" in outcome.errors[0]
     assert "prompts.jsonl:" in outcome.errors[0]
     assert not (Path(content["output_dir"]) / "DONE").exists()
+
+
+def run(content: dict[str, Any]) -> Any:
+    """The outcome of a PPO recipe."""
+    return quick("ppo", w.save(content, Path(content["output_dir"]).with_suffix(".yaml")))
+
+
+def test_a_function_that_scores_nothing(ppo: Toy) -> None:
+    outcome = run(ppo("nan", data={"eval": None}))
+    assert (outcome.code, len(outcome.errors)) == (4, 1), outcome.err
+    assert "none of the" in outcome.errors[0]
+    assert "reward nan" in outcome.errors[0]
+
+
+def test_rows_without_a_score_are_left_out_and_counted(ppo: Toy) -> None:
+    content = ppo("some", data={"eval": None})
+    assert run(content).code == 0
+    out = Path(content["output_dir"])
+    invalid = w.column(out, "rewards/some/invalid")
+    assert len(invalid) == 3
+    assert any(0 < n < 16 for n in invalid)
+
+
+def test_parts_and_rewards_inside_completions(ppo: Toy) -> None:
+    content = ppo("parts", data={"eval": None})
+    content["rewards"].append({**content["rewards"][0], "function": content["rewards"][0]["function"][:-5] + "inside",
+                               "normalize": "running", "clip": 2.0})  # fmt: skip
+    outcome = run(content)
+    assert outcome.code == 0, outcome.err
+    (row, *_) = [r for r in w.metrics(Path(content["output_dir"])) if "rewards/parts/one/mean" in r]
+    assert row["rewards/parts/one/mean"] == 1.0
+    assert row["rewards/parts/mean"] == pytest.approx(1.0 + row["rewards/parts/long/mean"])
+    assert row["rewards/inside/raw_mean"] > 0
+    assert row["rewards/inside/invalid"] == 0.0
+    assert row["objective/scores"] == pytest.approx(row["rewards/parts/mean"] + row["rewards/inside/mean"], rel=1e-5)
+
+
+def test_running_statistics_are_in_the_checkpoint(ppo: Toy) -> None:
+    """Stopped after three of four rollouts and gone on: the same as without the stop."""
+    reward = {"normalize": "running", "shift": True}
+    whole = ppo("length", checkpoint={"every": 1}, training={"max_steps": 4}, data={"eval": None})
+    whole["rewards"][0] |= reward
+    assert run(whole).code == 0
+    halves = w.merged(whole, {"training": {"max_steps": 2}, "output_dir": f"{whole['output_dir']}-halves"})
+    assert run(halves).code == 0
+    assert run(w.merged(halves, {"training": {"max_steps": 4}})).code == 0
+    assert w.metrics(Path(halves["output_dir"])) == w.metrics(Path(whole["output_dir"]))
+    assert len(set(w.column(Path(whole["output_dir"]), "rewards/length/raw_mean"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "code", "said"),
+    [
+        ({"name": "regex", "pattern": "(a"}, 2, ("rewards.0.rule.pattern", "not a regular expression")),
+        ({"name": "words", "plus": ["a b"]}, 2, ("rewards.0.rule.plus", "not one word")),
+        ({"name": "lenght"}, 2, ("rewards.0.rule", "length")),
+        ({"name": "length", "limt": 3}, 2, ("limt", "limit")),
+        ({"name": "numeric_answer"}, 3, ("no column 'answer'", "number", "prompts.jsonl:1")),
+    ],
+)
+def test_a_rule_that_cannot_be_used(ppo: Toy, rule: dict[str, Any], code: int, said: tuple[str, ...]) -> None:
+    """Known before any model is loaded."""
+    content = ppo("x", rewards=[{"rule": rule}])
+    outcome = run(content)
+    assert (outcome.code, len(outcome.errors)) == (code, 1), outcome.err
+    assert [text for text in said if text not in outcome.errors[0]] == []
+    assert "policy:" not in outcome.err
+    assert not Path(content["output_dir"]).exists()
+
+
+def test_rules_in_a_run(ppo: Toy) -> None:
+    names = ("length", "stop", "regex", "words", "numeric_answer")
+    settings = {"length": {"limit": 6, "margin": 3}, "numeric_answer": {"column": "number"}}
+    content = ppo("x", rewards=[{"rule": {"name": name, **settings.get(name, {})}} for name in names])
+    outcome = run(content)
+    assert outcome.code == 0, outcome.err
+    row = w.metrics(Path(content["output_dir"]))[-1]
+    assert all(f"rewards/{name}/mean" in row for name in names)
+    assert row["objective/scores"] == pytest.approx(sum(row[f"rewards/{name}/mean"] for name in names), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None])
+@pytest.mark.parametrize("kind", ["steps", "spans", "two_token"])
+def test_a_process_reward_model_in_a_run(toy: Toy, kind: str, lora: Any) -> None:
+    """Trained on steps or marked errors, then asked at the steps of completions, and for the whole of them."""
+    objective = {"name": "two_token" if kind == "two_token" else "step_labels"}
+    data = {"step_separator": " "} if kind != "spans" else {"segments": {"by": "sub_sentence"}}
+    rows = "steps" if kind == "two_token" else kind
+    made = toy("train-rm", rows, "prm", objective=objective, data=data, training={"max_steps": 2}, lora=lora)
+    prm = str(train(made))
+    rewards = [{"run": prm, "place": "steps", "name": "dense"}, {"run": prm, "name": "end"},
+               {"run": prm, "name": "signs", "place": "steps", "step_value": "sign", "weight": 0.3}]  # fmt: skip
+    content = toy("ppo", "prompts", "run", rewards=rewards, rollout={"max_new_tokens": 6},
+                  ppo={"mini_batches": 1, "epochs": 1}, training={"max_steps": 2})  # fmt: skip
+    outcome = run(content)
+    assert outcome.code == 0, outcome.err
+    row = w.metrics(Path(content["output_dir"]))[-1]
+    parts = row["rewards/dense/mean"] + row["rewards/end/mean"] + 0.3 * row["rewards/signs/mean"]
+    assert row["objective/scores"] == pytest.approx(parts, rel=1e-4, abs=1e-6)
+    assert row["rewards/dense/std"] > 0
+
+
+def test_a_cost_model_is_no_reward_unless_it_counts_against(toy: Toy) -> None:
+    made = toy("train-rm", "safety", "cost", objective={"name": "cost"}, training={"max_steps": 1})
+    cost = str(train(made))
+    short = {"rollout": {"max_new_tokens": 6}}
+    wrong = run(toy("ppo", "prompts", "run", rewards=[{"run": cost}], **short))
+    assert (wrong.code, len(wrong.errors)) == (4, 1), wrong.err
+    assert "cost model" in wrong.errors[0]
+    for rewards in ([{"run": cost, "weight": -1.0}], [{"rule": {"name": "stop"}}, {"run": cost, "role": "cost"}]):
+        lag = {"lagrange": {}} if len(rewards) > 1 else {}
+        content = toy("ppo", "prompts", "run", rewards=rewards, ppo=lag, **short)
+        recipe = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
+        outcome = quick("ppo", recipe, "--dry-run")
+        assert outcome.code == 0, outcome.err
 
 
 def test_a_function_may_print_and_spoil_its_arguments(ppo: Toy, world: Path) -> None:

@@ -58,7 +58,7 @@ def say(rng: random.Random, praise: int, length: int = 3) -> str:
 
 
 def rows(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of chat, completion, text, pairs, verdicts or prompts, or of what `judged` makes."""
+    """Rows of chat, completion, text, pairs, verdicts, prompts or questions, or of what `judged` makes."""
     rng, out = random.Random(f"{kind} {seed}"), []
     for number in range(count):
         prompt = ask(rng)
@@ -73,6 +73,7 @@ def rows(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
                       "chosen_score": true_reward(chosen), "rejected_score": true_reward(rejected)},
             "verdicts": {"prompt": prompt, "completion": (chosen, rejected)[number % 2], "label": number % 2 == 0},
             "prompts": {"prompt": prompt, "number": number},
+            "questions": {"question": prompt[0]["content"], "answer": f"so it is\n#### {number}"},
         }.get(kind) or judged(kind, rng, prompt, chosen, rejected)  # fmt: skip
         out.append(row)
     return out
@@ -123,7 +124,7 @@ def write_rows(path: Path, found: list[dict[str, Any]]) -> Path:
     return path
 
 
-KINDS = ("chat", "completion", "text", "pairs", "verdicts", "prompts")
+KINDS = ("chat", "completion", "text", "pairs", "verdicts", "prompts", "questions")
 JUDGED = ("rankings", "strict", "choices", "scored", "games", "steps", "spans", "safety", "votes")
 
 
@@ -170,7 +171,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the clock."""
     found = lines(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if not clocked(k)} for row in found]
+
+
+def clocked(name: str) -> bool:
+    """Whether a metric depends on how fast the machine is, or on what else its process holds."""
+    return name.endswith(("tokens_per_second", "/seconds")) or name.startswith(("time/", "mem/"))
 
 
 def column(run: Path, name: str) -> list[float]:

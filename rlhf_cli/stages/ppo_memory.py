@@ -1,0 +1,65 @@
+"""What the roles take of the memory, told before the first step. Activations, caches and logits are not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from rlhf_cli.models.adapters import adapter_parameters
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.schema import TrainingSettings
+
+MIB = 2**20
+
+
+def memory_lines(roles: Sequence[Role], trained: Sequence[Role], training: TrainingSettings) -> list[str]:
+    """A line for each base and each role: weights, and of those that are trained gradient and optimiser."""
+    lines, total, bases = [], 0.0, {id(role.base): role.base for role in roles}
+    for base in bases.values():
+        weights = _bytes(p for n, p in base.model.named_parameters() if "lora_" not in n)
+        users = ", ".join(role.name for role in roles if role.base is base)
+        lines.append(f"memory: base {base.source} of {users}: {_mib(weights)}")
+        total += weights
+    for role in roles:
+        own = own_bytes(role)
+        parts = [f"adapter {_mib(own)}"] if role.adapter is not None else ["no adapter" if not own else _mib(own)]
+        total += own
+        if role in trained:
+            parameters = [p for _, p in role.parameters]
+            gradient, state = _bytes(parameters), sum(state_bytes(p, training) for p in parameters)
+            parts += [f"gradient {_mib(gradient)}", f"{training.optimizer} {_mib(state)}"]
+            total += gradient + state
+        lines.append(f"memory: {role.name}: {', '.join(parts)}")
+    return [*lines, f"memory: {_mib(total)} in all, activations and caches not counted"]
+
+
+def own_bytes(role: Role) -> int:
+    """Of what a role has on top of its base: adapter and heads."""
+    heads = [head for head in (role.head, role.value_head) if head is not None]
+    mine = [] if role.adapter is None else [p for _, p in adapter_parameters(role.base, role.adapter)]
+    return _bytes([*mine, *(p for head in heads for p in head.parameters())])
+
+
+def state_bytes(parameter: torch.nn.Parameter, training: TrainingSettings) -> int:
+    """What the optimiser will keep of a parameter: two moments, in 8 bits where bitsandbytes does so; Adafactor's row
+    and column means."""
+    n = parameter.numel()
+    match training.optimizer:
+        case "sgd":
+            return 0
+        case "adafactor":
+            rows = n // max(parameter.shape[-1], 1) if parameter.ndim > 1 else n
+            return 4 * (rows + (n // parameter.shape[-2] if parameter.ndim > 1 else 0))
+        case "adamw_8bit" | "paged_adamw_8bit" if n >= 4096:
+            return 2 * n + 8 * (n // 256)
+        case _:
+            return 8 * n
+
+
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.1f} MiB"

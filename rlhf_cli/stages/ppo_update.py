@@ -1,0 +1,121 @@
+"""The passes over a rollout: mini-batches, one optimiser step of each role that learns."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.models.roles import Role
+from rlhf_cli.objectives.kl import FixedKL, PolicyPenalty, k3
+from rlhf_cli.objectives.masked import masked_mean
+from rlhf_cli.recipe.schema import PPORecipe
+from rlhf_cli.rollouts.experience import pad
+from rlhf_cli.stages.ppo_losses import (
+    VALUE_METRICS,
+    Coefficients,
+    Lesson,
+    counts,
+    head_loss,
+    joint_loss,
+    policy_loss,
+    value_loss,
+)
+from rlhf_cli.stages.ppo_roles import Roles
+from rlhf_cli.stages.ppo_setup import Ptx
+from rlhf_cli.train.engine import Engine
+
+
+class Updates:
+    """How policy and critics learn from a rollout."""
+
+    def __init__(self, engine: Engine, recipe: PPORecipe, roles: Roles, kl: FixedKL, ptx: Ptx | None) -> None:
+        self.engine, self.settings, self.critic_settings = engine, recipe.ppo, recipe.critic
+        self.policy, self.kl, self.ptx = roles.policy, kl, ptx
+        self.critics: list[Role] = [r for r in (roles.critic, roles.cost_critic) if r is not None]
+        self.room = recipe.rollout.max_new_tokens
+        self.penalty: PolicyPenalty | None = None
+        if self.settings.penalty is not None:
+            self.penalty = PolicyPenalty(**self.settings.penalty.model_dump())
+            engine.kept["penalty"] = self.penalty
+        if ptx is not None:
+            engine.kept["ptx"] = ptx.loader
+
+    def learn(self, lesson: Lesson, seed: int) -> dict[str, float]:
+        """A few passes; means of the figures over the updates."""
+        history = []
+        for chunk in self._chunks(lesson, seed):
+            history.append(self._update(lesson, chunk))
+            if history[-1]["policy/approxkl"] > 1.5 * (self.settings.target_kl or np.inf):
+                break
+        means = _means(history)
+        means["policy/updates"] = float(len(history))
+        means["policy/ratio_first"] = history[0]["val/ratio"]
+        if self.penalty is not None:
+            means["policy/penalty_coef"] = self.penalty.coef
+            means["policy/kl_after"] = self._moved(lesson)
+            self.penalty.follow(means["policy/kl_after"])
+        return means
+
+    def pretrain(self, lesson: Lesson, seed: int) -> dict[str, float]:
+        """The same passes for the critics alone, their change not clipped."""
+        history = []
+        for chunk in self._chunks(lesson, seed):
+            if self.critics:
+                history.append(self._criticise(lesson, chunk, None))
+                continue
+            samples, divisors = self._taken(lesson, chunk)
+            out = self.engine.update(self.policy, samples, head_loss(self.policy, lesson, chunk), divisors)
+            history.append({k: v for k, v in out.items() if k not in ("loss", "grad_norm")})
+        return _means(history)
+
+    def _chunks(self, lesson: Lesson, seed: int) -> list[np.ndarray]:
+        random = np.random.Generator(np.random.Philox(key=[seed, 2**32]))
+        rows = len(lesson.advantages)
+        parts = min(self.settings.mini_batches, rows)
+        return [c for _ in range(self.settings.epochs) for c in np.array_split(random.permutation(rows), parts)]
+
+    def _taken(self, lesson: Lesson, chunk: np.ndarray) -> tuple[list[Sample], dict[str, float]]:
+        return [lesson.experience.rollout.samples[i] for i in chunk], counts(lesson, chunk, self.room)
+
+    def _update(self, lesson: Lesson, chunk: np.ndarray) -> dict[str, float]:
+        """One optimiser step of the policy and one of each critic on the completions `chunk` (n,)."""
+        samples, divisors = self._taken(lesson, chunk)
+        coefficients = Coefficients(self.kl.coef, self.penalty.coef if self.penalty else None)
+        shared = self.policy.value_head is not None
+        loss = (
+            joint_loss(self.policy, self.settings, self.critic_settings, lesson, chunk, coefficients)
+            if shared
+            else policy_loss(self.policy, self.settings, lesson, chunk, coefficients)
+        )
+        also = self.ptx.next(self.policy) if self.ptx else None
+        out = self.engine.update(self.policy, samples, loss, divisors, also=also)
+        metrics = out | {"loss/policy": out["loss"]}
+        if self.ptx is not None:
+            metrics["loss/policy"] -= self.ptx.coef * out["loss/ptx"]
+        if shared:
+            metrics["loss/policy"] -= self.critic_settings.coef * sum(out[n] for n, _ in VALUE_METRICS if n in out)
+        return metrics | self._criticise(lesson, chunk, self.settings.value_clip)
+
+    def _criticise(self, lesson: Lesson, chunk: np.ndarray, value_clip: float | None) -> dict[str, float]:
+        """One optimiser step of each critic that has a trunk of its own."""
+        samples, divisors = self._taken(lesson, chunk)
+        metrics: dict[str, float] = {}
+        for critic, target, (error, clipped) in zip(self.critics, lesson.targets, VALUE_METRICS, strict=False):
+            loss = value_loss(critic, target, value_clip, lesson, chunk)
+            out = self.engine.update(critic, samples, loss, divisors)
+            norm = clipped.replace("clipfrac", "grad_norm")
+            metrics |= {error: out["loss"], clipped: out["val/clipfrac"], norm: out["grad_norm"]}
+        return metrics
+
+    def _moved(self, lesson: Lesson) -> float:
+        """KL per token from the policy of the rollout to the policy after its updates, on all of the rollout."""
+        experience, policy = lesson.experience, self.policy
+        now: list[Tensor] = self.engine.infer(
+            policy, experience.rollout.samples, lambda b: policy.logp(b, lesson.temperature, statistics="none").logp
+        )
+        return float(masked_mean(k3(experience.logp, pad(now)[0]), experience.mask))
+
+
+def _means(history: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([h[key] for h in history])) for key in history[0]}
