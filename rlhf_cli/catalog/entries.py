@@ -86,6 +86,8 @@ class Estimator(Entry):
     """Completions of a prompt it needs at least."""
     greedy: bool
     """Whether it needs the score of a greedy completion of each prompt."""
+    whitened: bool
+    """Whether its advantages are whitened over the rollout unless the recipe says otherwise: as it is published."""
     settings: type[Settings]
 
 

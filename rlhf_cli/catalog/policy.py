@@ -77,15 +77,19 @@ class DoublingKL(Settings):
 _A, _K = "objectives.advantage", "objectives.kl"
 
 ESTIMATORS: tuple[Estimator, ...] = (
-    Estimator("gae", f"{_A}:gae", "Generalised advantage estimation", True, 1, False, GAE),
+    Estimator("gae", f"{_A}:gae", "Generalised advantage estimation", True, 1, False, True, GAE),
     Estimator("reinforce", f"{_A}:reinforce", "Rewards of the completion, whole or from each token on",
-              False, 1, False, Reinforce),
+              False, 1, False, True, Reinforce),
     Estimator("reinforce_pp", f"{_A}:reinforce_pp", "REINFORCE++: rewards to go, whitened over the rollout",
-              False, 1, False, ReinforcePlusPlus),
-    Estimator("rloo", f"{_A}:rloo", "Against the mean of the prompt's other completions", False, 2, False, RLOO),
-    Estimator("grpo", f"{_A}:grpo", "Against mean and deviation of the prompt's completions", False, 2, False, GRPO),
-    Estimator("dr_grpo", f"{_A}:dr_grpo", "Against the mean of the prompt's completions", False, 2, False, DrGRPO),
-    Estimator("remax", f"{_A}:remax", "Against the greedy completion of the prompt", False, 1, True, ReMax),
+              False, 1, False, False, ReinforcePlusPlus),
+    Estimator("rloo", f"{_A}:rloo", "Against the mean of the prompt's other completions",
+              False, 2, False, False, RLOO),
+    Estimator("grpo", f"{_A}:grpo", "Against mean and deviation of the prompt's completions",
+              False, 2, False, False, GRPO),
+    Estimator("dr_grpo", f"{_A}:dr_grpo", "Against the mean of the prompt's completions",
+              False, 2, False, False, DrGRPO),
+    Estimator("remax", f"{_A}:remax", "Against the greedy completion of the prompt",
+              False, 1, True, False, ReMax),
 )  # fmt: skip
 
 CONTROLLERS: tuple[Controller, ...] = (

@@ -21,7 +21,7 @@ from rlhf_cli.data.batch import Batch
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.attention import forward_arguments
 from rlhf_cli.models.base import Base
-from rlhf_cli.objectives.logprob import Statistics, TokenLogp, token_logp
+from rlhf_cli.objectives.logprob import Statistics, TokenLogp, token_logits, token_logp
 
 
 class RoleError(AssertionError):
@@ -141,16 +141,10 @@ class Role:
         return self._head(self.hidden(batch)[batch.targets])
 
     def followed_by(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
-        """Log-probability of each of these tokens right after each scored token: (T, len(tokens)), float32."""
+        """Logits of these tokens as what comes right after each scored token: (T, len(tokens)), float32."""
         hidden = self.hidden(batch)[batch.targets]
-        columns = [
-            token_logp(
-                hidden, self.base.logits, torch.full((len(hidden),), token, device=hidden.device),
-                vocabulary=self.base.vocabulary, statistics="none",
-            ).logp
-            for token in tokens
-        ]  # fmt: skip
-        return torch.stack(columns, dim=1)
+        wanted = torch.tensor(list(tokens), device=hidden.device)
+        return token_logits(hidden, self.base.logits, wanted, self.base.vocabulary)
 
     def _scalar(self, hidden: Tensor) -> Tensor:
         return self._head(hidden).squeeze(-1)

@@ -192,7 +192,7 @@ def remax(
     greedy scores.
 
     Source: Li et al. 2024 (arXiv:2310.10505)
-    Step 0: a completion that scores as the greedy one has A_1 = 0
+    Step 0: a completion that scores as the greedy one has A_1 = 0 with gamma 1
     Traps: a greedy completion of another prompt; one that is scored by other rules; a sampled one in its place
     """
     if greedy is None:

@@ -42,6 +42,25 @@ def _chunk(
     return torch.stack(rows)
 
 
+def _columns(hidden: Tensor, tokens: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """hidden (C, H), tokens (K,) -> their logits (C, K)."""
+    return head(hidden)[:, tokens].float()
+
+
+def token_logits(
+    hidden: Tensor,  # (T, H)
+    head: Callable[[Tensor], Tensor],  # (C, H) -> (C, V)
+    tokens: Tensor,  # (K,)
+    vocabulary: int,
+) -> Tensor:
+    """Logits of a few tokens: (T, K), float32, in the chunks of `token_logp`."""
+    parts = [
+        checkpoint(_columns, h, tokens, head, use_reentrant=False, preserve_rng_state=False)
+        for h in hidden.split(max(1, CHUNK_ELEMENTS // vocabulary))
+    ]
+    return torch.cat(parts)
+
+
 def token_logp(
     hidden: Tensor,  # (T, H)
     head: Callable[[Tensor], Tensor],  # (C, H) -> (C, V)

@@ -540,11 +540,12 @@ class PPOSettings(Settings):
     """PPO-penalty: also add the KL to the rollout's policy to the loss, with a coefficient that adapts."""
     advantage: block(ESTIMATORS.values(), "gae") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
     """The advantage estimator and its settings."""
-    whiten_advantages: bool = True
-    """Shift and scale the advantages of a rollout to mean 0 and variance 1. Estimators that compare completions of one
-    prompt (rloo, grpo, dr_grpo, remax) are published without it: set false for them."""
+    whiten_advantages: bool | None = None
+    """Shift and scale the advantages of a rollout to mean 0 and variance 1; null: as the estimator is published (gae
+    and reinforce: yes; those that compare completions of one prompt, and reinforce_pp, which does it itself: no)."""
     whiten_rewards: bool = False
-    """Scale the token rewards of a rollout to variance 1, keeping their mean."""
+    """Scale the token rewards of a rollout to variance 1, keeping their mean; only with a critic, since what others
+    compare must stay on one scale."""
     truncation: Literal["score", "penalty", "replace", "bootstrap", "drop"] = "penalty"
     """A completion that was cut by the length limit: scored as any other; scored less missing_eos_penalty; given
     truncated_score instead; not scored, the critic's value of where it was cut in place of what would have followed;
@@ -720,6 +721,10 @@ class PPORecipe(Recipe):
             raise ValueError(
                 f"ppo.advantage {estimator.name} compares the completions of one prompt: "
                 f"rollout.completions_per_prompt must be at least {estimator.group}, found {each}"
+            )
+        if self.ppo.whiten_rewards and not estimator.critic:
+            raise ValueError(
+                f"ppo.whiten_rewards shifts what ppo.advantage {estimator.name} compares: use gae, or false"
             )
         critic = self.critic
         if not estimator.critic and (critic.shared or critic.pretrain_steps):

@@ -164,7 +164,8 @@ class PPO:
             advantages = mixed(advantages, costs, self.lagrange.multiplier)
             targets.append((rolled.cost.values, cost_returns))
         metrics = advantage_figures(advantages, experience.mask)
-        if self.settings.whiten_advantages:
+        wanted = self.settings.whiten_advantages
+        if self.entry.whitened if wanted is None else wanted:
             advantages = whiten(advantages, experience.mask)
         known = tuple(Target(values, goal) for values, goal in targets if values is not None)
         return Lesson(experience, advantages, self.roller.sampling.temperature, known), metrics
@@ -187,8 +188,9 @@ class PPO:
 
     def figures(self, rolled: Rolled, kept: Rolled | None, lesson: Lesson | None) -> dict[str, float]:
         """Of all completions with a score; of the critics, on those that are learned from."""
-        reward, cost, coef = rolled.reward, rolled.cost, self.kl.coef
-        metrics = figures(rolled.experience, reward.raw, reward.scores, None, coef)
+        reward, cost = rolled.reward, rolled.cost
+        coef = self.kl.coef if self.settings.kl_in == "reward" else 0.0
+        metrics = figures(rolled.experience, reward.raw, reward.scores, None, coef) | {"kl_coef": self.kl.coef}
         if kept is not None and lesson is not None:
             for target, prefix in zip(lesson.targets, ("", "cost/"), strict=False):
                 judged = replace(kept.experience, values=target.old)

@@ -157,6 +157,38 @@ def check_extreme_logits(m: Any) -> None:
         assert finite(*torch.autograd.grad(value.sum(), x, retain_graph=True))
 
 
+def check_token_logits(m: Any) -> None:
+    torch.manual_seed(3)
+    weight, tokens = leaf(torch.randn(4, 9)), torch.tensor([7, 2])
+    kept, m.CHUNK_ELEMENTS = m.CHUNK_ELEMENTS, 18  # two rows at a time
+    seen: list[int] = []
+
+    def head(h: Tensor) -> Tensor:
+        seen.append(len(h))
+        return h @ weight
+
+    try:
+        for count in (0, 1, 5):
+            hidden = leaf(torch.randn(count, 4))
+            seen.clear()
+            found = m.token_logits(hidden, head, tokens, 9)
+            assert seen == {0: [0], 1: [1], 5: [2, 2, 1]}[count]
+            plain = (hidden @ weight)[:, tokens]
+            close(found, plain)
+            for one, other in zip(
+                gradients(found.square(), hidden, weight), gradients(plain.square(), hidden, weight), strict=True
+            ):
+                close(one, other)
+            with torch.no_grad():
+                close(m.token_logits(hidden, head, tokens, 9), plain)
+        seen.clear()
+        m.token_logits(torch.ones(2, 4), head, tokens, 99)
+        assert seen == [1, 1], "a row at a time where not even one fits"
+    finally:
+        m.CHUNK_ELEMENTS = kept
+    assert m.token_logits(torch.ones(1, 2, dtype=torch.bfloat16), lambda h: h, tokens % 2, 2).dtype == torch.float32
+
+
 def check_token_logp_without_statistics(m: Any) -> None:
     torch.manual_seed(3)
     hidden, weight, ids = torch.randn(5, 4), torch.randn(4, 9), torch.tensor([0, 8, 3, 3, 1])
@@ -204,6 +236,7 @@ SURVIVORS: dict[str, str] = {
     "token_logp: dropped: empty.detach() -> _same(empty)": "a part that is empty anyway",
     "token_logp: name: hidden.sum() -> hidden.mean()": "a part that is empty anyway",
     "token_logp: constant: 0.0 -> 1.0": "a part that is empty anyway",
+    "token_logits: constant: False -> True": "a generator's state that nothing draws from",
     "token_logp: constant: True -> False":
         "zip(strict=) of two splits of one length, or a generator's state that nothing draws from",
     "token_logp: constant: False -> True":

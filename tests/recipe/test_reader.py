@@ -431,3 +431,11 @@ def test_data_settings_that_nothing_reads(tmp_path: Path) -> None:
         key = line.partition(":")[0]
         assert found.startswith(f"r:4:3 data.{key}: data.{key} is only read by {reader}")
         assert found.endswith("and objective.name is bradley_terry")
+
+
+def test_what_whitening_may_do(tmp_path: Path) -> None:
+    def ppo(block: str) -> list[str]:
+        return problems(tmp_path, PPO + f"ppo: {block}\nrollout: {{completions_per_prompt: 2}}\n", stage="ppo")
+
+    (found,) = ppo("{whiten_rewards: true, advantage: {name: rloo}}")
+    assert "ppo.whiten_rewards shifts what ppo.advantage rloo compares: use gae, or false" in found
