@@ -733,6 +733,10 @@ class PPORecipe(Recipe):
         costs = [reward.title() for reward in self.rewards if reward.role == "cost"]
         if costs and self.ppo.lagrange is None:
             raise ValueError(f"the reward '{costs[0]}' has role: cost; say how it is held down: ppo.lagrange: {{}}")
+        if self.ppo.lagrange is not None and self.ppo.whiten_rewards:
+            raise ValueError(
+                "ppo.whiten_rewards scales reward and cost apart, and ppo.lagrange weighs them: false for one"
+            )
         if self.ppo.lagrange is not None and not costs:
             raise ValueError("ppo.lagrange holds down a cost: give one of the rewards role: cost")
         if len(costs) == len(self.rewards):

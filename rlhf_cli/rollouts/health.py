@@ -107,13 +107,13 @@ def _eos_rate(e: Evidence) -> str:
     if e.stays("completions/truncated", lambda x: x > e.limits.truncated):
         return (
             f"{e.now('completions/truncated'):.0%} of the completions were cut by the length limit: raise "
-            f"rollout.max_new_tokens or ppo.missing_eos_penalty, or name the right end token in rollout.stop"
+            f"rollout.max_new_tokens or (truncation: penalty) ppo.missing_eos_penalty, or name the right end token"
         )
     if e.since_start("completions/eos_rate") < e.limits.eos_drop:
         return (
             f"only {e.now('completions/eos_rate'):.0%} of the completions end by themselves, "
-            f"{e.start['completions/eos_rate']:.0%} did at the start: raise ppo.missing_eos_penalty or lower "
-            f"training.learning_rate"
+            f"{e.start['completions/eos_rate']:.0%} did at the start: lower training.learning_rate or, "
+            f"with truncation: penalty, raise ppo.missing_eos_penalty"
         )
     return ""
 

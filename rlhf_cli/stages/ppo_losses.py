@@ -107,7 +107,8 @@ def joint_loss(
         errors = value_terms(values, lesson.targets, settings.value_clip, lesson, chunk[group])
         parts = {unit: [x] for unit, x in own.sums.items()}
         parts.setdefault("token", []).append(critic.coef * errors.sums["token"])
-        return Losses({unit: torch.stack(xs).sum() for unit, xs in parts.items()}, own.metrics | errors.metrics)
+        sums = {unit: torch.stack(xs).sum() for unit, xs in parts.items()}
+        return Losses(sums, own.metrics | errors.metrics, own.peaks)
 
     return loss
 
@@ -137,11 +138,12 @@ def policy_terms(
     )  # fmt: skip
     moved = k3(old, of.logp)  # KL(rollout policy || policy)
     whole, n = aggregate(surrogate, owners, count), float(len(old))
+    ratios = ratio(new.detach(), base)
     metrics = {
         "policy/approxkl": (moved.detach().sum(), n),
         "policy/clipfrac": (clipped.sum(), n),
         "policy/entropy": (of.entropy.detach().sum(), n),
-        "val/ratio": (ratio(new.detach(), base).sum(), n),
+        "val/ratio": (ratios.sum(), n),
     }
     if settings.entropy_coef:
         whole = whole - settings.entropy_coef * aggregate(of.entropy, owners, count)
@@ -151,7 +153,7 @@ def policy_terms(
         drift = IN_LOSS[settings.kl_estimator](of.logp, lesson.flat(lesson.experience.reference_logp, rows, device))
         whole = whole + coefficients.kl * aggregate(drift, owners, count)
         metrics["loss/kl"] = (drift.detach().sum(), n)
-    return Losses({settings.aggregate: whole}, metrics)
+    return Losses({settings.aggregate: whole}, metrics, {"policy/ratio_max": ratios.max()})
 
 
 def value_terms(

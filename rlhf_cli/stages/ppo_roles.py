@@ -73,9 +73,10 @@ def load_critic(recipe: PPORecipe, name: str, policy: Role, rewards: Sequence[Re
     """
     wanted = "cost" if name == "cost-critic" else "reward"
     models = [r for r in rewards if isinstance(r, ModelReward) and r.role == wanted]
-    usable = [r for r in models if _copies(policy, r.model)]
+    usable = [r for r in models if _copies(policy, r.model) and r.scaling.running is None]
     if recipe.critic.start == "reward" and not usable:
-        why = f"the {wanted} model is not an adapter on the policy's base" if models else f"there is no {wanted} model"
+        why = f"the {wanted} model is no adapter on the policy's base, or its scale moves (normalize: running)"
+        why = why if models else f"there is no {wanted} model"
         raise RecipeError(f"the {name} cannot start from a {wanted} model: {why}", "critic.start", "use policy")
     start = recipe.critic.start if recipe.critic.start != "auto" else ("reward" if usable else "policy")
     if start == "reward":

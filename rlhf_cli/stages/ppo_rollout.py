@@ -110,6 +110,8 @@ class Roller:
         tokens = torch.zeros_like(experience.logp)
         if found.tokens is not None:
             tokens = pad([torch.from_numpy(t) for t in found.tokens])[0]
+        if whole and self.settings.truncation == "replace":
+            tokens = torch.where(experience.finished[:, None], tokens, torch.zeros_like(tokens))
         if whole or self.settings.truncation not in ("penalty", "replace"):
             last = self.settle(last, experience.finished)
         return Stream(torch.from_numpy(found.totals).float(), last, tokens, values, last_values)
@@ -128,6 +130,8 @@ class Roller:
         totals = total(self.roles.rewards, rollout, self.engine.infer, learn=False)
         finished = torch.tensor(list(rollout.finished))
         inside = torch.from_numpy(totals.reward.totals - totals.reward.sequence).float()
+        if self.settings.truncation == "replace":
+            inside = torch.where(finished, inside, torch.zeros_like(inside))
         scores = self.settle(torch.from_numpy(totals.reward.sequence).float(), finished) + inside
         valid = torch.from_numpy(totals.reward.valid)
         rolled.metrics.update({

@@ -118,4 +118,5 @@ class Updates:
 
 
 def _means(history: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([h[key] for h in history])) for key in history[0]}
+    """Of the figures of several updates; of a largest value the largest."""
+    return {k: float((np.max if k.endswith("_max") else np.mean)([h[k] for h in history])) for k in history[0]}

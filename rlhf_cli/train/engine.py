@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
@@ -44,6 +44,8 @@ class Losses(NamedTuple):
     """By unit: a scalar, summed over the micro-batch, with gradient."""
     metrics: dict[str, tuple[Tensor, float]]
     """By name: a sum without gradient and the count it is to be divided by, over the step."""
+    peaks: Mapping[str, Tensor] = {}
+    """By name: a scalar without gradient of which the step's largest counts."""
 
 
 Loss = Callable[[Batch, list[int]], Losses]
@@ -222,6 +224,7 @@ class Engine:
         """Every micro-batch forward and, with a scaler, backward; the metrics summed, then divided."""
         sums: dict[str, float] = {"loss": 0.0}
         over: dict[str, float] = {"loss": 1.0}
+        peaks: dict[str, float] = {}
         tokens = 0
         for group, raw in self._batches(role, samples):
             batch = raw if prepare is None else prepare(raw, group)
@@ -239,9 +242,11 @@ class Engine:
             for name, (value, count) in losses.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
                 over[name] = over.get(name, 0.0) + count
+            for name, value in losses.peaks.items():
+                peaks[name] = max(peaks.get(name, -math.inf), float(value))
         if scaler is not None:
             self.tokens += tokens
-        return {name: value / over[name] for name, value in sums.items() if over[name] > 0}
+        return {name: value / over[name] for name, value in sums.items() if over[name] > 0} | peaks
 
     def _step(self, learner: Learner, samples: Sequence[Sample]) -> float:
         """Clip, check, apply. The norm of the gradient before clipping."""

@@ -157,3 +157,25 @@ def test_the_cost_of_a_cut_completion_is_paid(toy: Toy, world: Path, monkeypatch
     assert rolled.cost is not None
     assert torch.equal(last[-1], rolled.cost.raw)
     assert -3.0 in last[-2].tolist()
+
+
+def test_replaced_scores_replace_rewards_inside_a_completion_too(
+    toy: Toy, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tmp_path / "dense.py"
+    dense.write_text("def dense(completions, **rest):\n    return [[(1, 5.0)] if c else [] for c in completions]\n")
+    seen = watch(monkeypatch)
+    more = w.merged(SHORT, {"rollout": {"max_new_tokens": 4, "temperature": 2.0}})
+    recipe = content(toy, world, GAE | RULES["replace"], **more)
+    recipe["rewards"] = [{"function": f"{dense}:dense"}]
+    run = train(recipe)
+    rolled = seen[0].newest
+    assert rolled is not None
+    done, tokens = rolled.experience.finished, rolled.reward.tokens.sum(1)
+    assert 0 < int(done.sum()) < len(done)
+    assert bool((tokens[~done] == 0).all())
+    assert bool((rolled.reward.last[~done] == -3.0).all())
+    assert bool((tokens[done] > 0).any())
+    assert all(
+        top >= mean for top, mean in zip(w.column(run, "policy/ratio_max"), w.column(run, "val/ratio"), strict=True)
+    )
