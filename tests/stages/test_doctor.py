@@ -26,10 +26,11 @@ def recipe(world: Path, base: Path, folder: Path, action: str, name: str, **more
     settings = {
         "lora": w.LORA, "rewards": [{"function": f"{world / 'reward.py'}:true_reward"}],
         "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2},
-        "ppo": {"mini_batches": 2, "kl": {"name": "fixed", "coef": 0.0}, "advantage": {"name": "rloo"}},
+        "ppo": {"mini_batches": 2, "kl": {"name": "fixed", "coef": 0.0}, "advantage": {"name": "rloo"},
+                "whiten_advantages": True},
         "training": {"learning_rate": 0.03, "max_steps": 8, "lr_scheduler": "linear"},
         "checkpoint": {"every": 1, "keep": 2}, "evaluation": {"samples": 1, "every": 3}, "logging": {"every": 1},
-        "doctor": {"wires": {"kl": action}, "thresholds": {"kl": LIMIT}, "rollback_lr_factor": 0.1},
+        "doctor": {"wires": {"kl": action, "ratio": "ignore"}, "thresholds": {"kl": LIMIT}, "rollback_lr_factor": 0.1},
     }  # fmt: skip
     content = w.recipe("ppo", base, world, "prompts", folder / name, **w.merged(settings, more))
     data = content["data"]
