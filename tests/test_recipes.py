@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.recipe.reader import read_recipe
-from rlhf_cli.recipe.schema import terms_of
+from rlhf_cli.recipe.settings.blocks import terms_of
 from tests.conftest import Outcome, run_cli
 from tests.stages import world as w
 

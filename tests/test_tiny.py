@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES
 from rlhf_cli.data.prepare import check_data
-from rlhf_cli.recipe.schema import RECIPES, PPORecipe, terms_of
+from rlhf_cli.recipe.schema import RECIPES, PPORecipe
+from rlhf_cli.recipe.settings.blocks import terms_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

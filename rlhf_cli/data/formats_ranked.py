@@ -12,7 +12,7 @@ from rlhf_cli.data.examples import Comparison, Prompt, Ranking, Rated, Verdict
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.reading import Finished, Format, Reader, Wanted, as_task, columns
 from rlhf_cli.data.rows import BadRow, Row
-from rlhf_cli.recipe.schema import RatingSettings
+from rlhf_cli.recipe.settings.data import RatingSettings
 
 SCORES = ("score", "reward", "rating", "overall_score", "is_correct")
 """Where an object may carry the score of a completion."""

@@ -21,15 +21,9 @@ from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
 from rlhf_cli.errors import DataError, Problem
-from rlhf_cli.recipe.schema import (
-    DataSettings,
-    PPORecipe,
-    Recipe,
-    RewardDataSettings,
-    SFTDataSettings,
-    SourceSettings,
-    terms_of,
-)
+from rlhf_cli.recipe.schema import PPORecipe, Recipe
+from rlhf_cli.recipe.settings.blocks import terms_of
+from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
 
 OnBadRow = Literal["error", "drop"]
 LISTED = 20

@@ -10,7 +10,7 @@ from rlhf_cli.catalog import Data, Need
 from rlhf_cli.data.examples import Prompt, Task
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.rows import Row
-from rlhf_cli.recipe.schema import RatingSettings, SegmentSettings
+from rlhf_cli.recipe.settings.data import RatingSettings, SegmentSettings
 
 
 @dataclass(frozen=True)

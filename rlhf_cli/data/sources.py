@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from rlhf_cli.errors import DataError, did_you_mean
-from rlhf_cli.recipe.schema import SourceSettings
+from rlhf_cli.recipe.settings.data import SourceSettings
 
 Located: TypeAlias = tuple[str, dict[str, Any]]
 """`file:line` (or `file:row N`, counted from 1) and the row."""

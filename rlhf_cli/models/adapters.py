@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_cli.errors import ModelError, RecipeError, did_you_mean
 from rlhf_cli.models.base import Base
 from rlhf_cli.recipe.model_path import read_json
-from rlhf_cli.recipe.schema import LoraSettings
+from rlhf_cli.recipe.settings.model import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
 SCORE_LAYER = "base_model.model.score"

@@ -25,7 +25,7 @@ from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,8 @@ from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.model_path import Kept
-from rlhf_cli.recipe.schema import ModelSettings, Recipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.runs.display import Display
 
 

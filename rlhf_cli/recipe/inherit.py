@@ -6,7 +6,8 @@ from typing import Any
 
 from rlhf_cli.errors import Problem, RecipeError
 from rlhf_cli.recipe.model_path import read_json, resolve_model
-from rlhf_cli.recipe.schema import LoraSettings, Recipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.settings.model import LoraSettings
 
 
 def inherit_adapter(recipe: Recipe) -> Recipe:

@@ -15,7 +15,8 @@ from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.recipe.model_path import canonical, fingerprint, resolve_model, sha256, similar
-from rlhf_cli.recipe.schema import Recipe, SourceSettings
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.settings.data import SourceSettings
 
 _FREE = (
     "output_dir",

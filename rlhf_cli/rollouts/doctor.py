@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_cli.recipe.schema import Action, TripwireSettings
+from rlhf_cli.recipe.settings.doctor import Action, TripwireSettings
 from rlhf_cli.rollouts.health import RULES, WATCHED, Evidence, Finding, Row, examine
 
 KL_WITHOUT_TARGET = 10.0

@@ -22,7 +22,7 @@ import numpy as np
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.template import Template
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.recipe.schema import RewardSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.limits import OutOfTime, time_limit
 from rlhf_cli.rollouts.normalise import Running, Scaling, scaling_of
 from rlhf_cli.rollouts.places import retokenise, spread

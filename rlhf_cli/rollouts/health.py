@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.recipe.schema import Action, ThresholdSettings
+from rlhf_cli.recipe.settings.doctor import Action, ThresholdSettings
 
 WATCHED = (
     "objective/kl", "objective/scores", "objective/scores_std", "objective/entropy", "completions/eos_rate",

@@ -12,7 +12,8 @@ from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import frozen_role
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import Kept, read_json, resolve_model
-from rlhf_cli.recipe.schema import ModelSettings, RewardSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.functions import FunctionReward, load_function
 from rlhf_cli.rollouts.normalise import scaling_of
 from rlhf_cli.rollouts.places import retokenise

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.recipe.schema import RewardSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 
 
 @dataclass

@@ -17,7 +17,7 @@ from rlhf_cli.catalog import REWARDS
 from rlhf_cli.catalog.rules import WORD
 from rlhf_cli.data.examples import Task
 from rlhf_cli.errors import DataError, ModelError
-from rlhf_cli.recipe.schema import RewardSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.limits import OutOfTime, time_limit
 from rlhf_cli.rollouts.normalise import Running, Scaling, scaling_of
 from rlhf_cli.rollouts.rewards import Infer, Rollout, Scores, at_the_end

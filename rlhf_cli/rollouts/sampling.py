@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhf_cli.data.template import Template
-from rlhf_cli.recipe.schema import RolloutSettings
+from rlhf_cli.recipe.settings.rollout import RolloutSettings
 from rlhf_cli.rollouts.stops import TextStops, split
 
 

@@ -22,7 +22,7 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.objectives.judged import Judged, Pair, Ranked
 from rlhf_cli.objectives.masked import lengths, sum_by_sequence
 from rlhf_cli.objectives.running import RunningRewards
-from rlhf_cli.recipe.schema import terms_of
+from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.stages.common import settings_of
 from rlhf_cli.stages.facts import FIGURES, Facts, facts
 from rlhf_cli.train.engine import Engine, Losses, Part, Prepare

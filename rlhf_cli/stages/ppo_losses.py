@@ -21,7 +21,7 @@ from rlhf_cli.objectives.policy import (
     total,
     total_of_means,
 )
-from rlhf_cli.recipe.schema import CriticSettings, PPOSettings
+from rlhf_cli.recipe.settings.ppo import CriticSettings, PPOSettings
 from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.train.engine import Loss, Losses
 

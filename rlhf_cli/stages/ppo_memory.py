@@ -8,7 +8,7 @@ import torch
 
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import TrainingSettings
+from rlhf_cli.recipe.settings.training import TrainingSettings
 
 MIB = 2**20
 

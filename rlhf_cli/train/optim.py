@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlhf_cli.recipe.schema import TrainingSettings
+from rlhf_cli.recipe.settings.training import TrainingSettings
 
 
 def make_optimizer(

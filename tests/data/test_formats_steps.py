@@ -15,7 +15,7 @@ from rlhf_cli.data.formats_steps import ONLY_ZERO_AND_ONE, Marked
 from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.rows import BadRow
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.schema import SegmentSettings
+from rlhf_cli.recipe.settings.data import SegmentSettings
 
 W = "f:1"
 TEXT = "Hello, you. It is fine."

@@ -11,7 +11,7 @@ from rlhf_cli.data.formats_ranked import Game, rate
 from rlhf_cli.data.grouping import rank_by_score
 from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.suited import suited
-from rlhf_cli.recipe.schema import RatingSettings
+from rlhf_cli.recipe.settings.data import RatingSettings
 
 W = "f:1"
 

@@ -16,8 +16,8 @@ from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.report import spread, tally
 from rlhf_cli.data.template import load_template
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.schema import (
-    RECIPES,
+from rlhf_cli.recipe.schema import RECIPES
+from rlhf_cli.recipe.settings.data import (
     DataSettings,
     RatingSettings,
     RewardDataSettings,
@@ -288,7 +288,7 @@ def test_checking_data_does_not_import_torch(jsonl: Write) -> None:
     path = jsonl(pair())
     code = (
         "import sys; from rlhf_cli.data import prepare, tokens, template, report\n"
-        "from rlhf_cli.recipe.schema import SourceSettings\n"
+        "from rlhf_cli.recipe.settings.data import SourceSettings\n"
         f"prepare.load_examples([SourceSettings(path={path!r})], 'comparison')\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )

@@ -12,7 +12,7 @@ from rlhf_cli.data.examples import Comparison, Steps
 from rlhf_cli.data.prepare import load_examples
 from rlhf_cli.data.reading import Wanted
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.schema import SegmentSettings
+from rlhf_cli.recipe.settings.data import SegmentSettings
 from tests.data.test_prepare import source
 
 SCORES = {"completion": "text", "score": "reward"}

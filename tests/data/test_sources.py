@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_cli.data.sources import check_columns, looks_like_hub_id, read
 from rlhf_cli.errors import DataError
-from rlhf_cli.recipe.schema import SourceSettings
+from rlhf_cli.recipe.settings.data import SourceSettings
 
 
 def rows(path: Path, **settings: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from rlhf_cli.data.batch import collate
 from rlhf_cli.models.base import load_base
 from rlhf_cli.models.checks import allows_packing
 from rlhf_cli.objectives.logprob import token_logp
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from tests.models import worlds
 
 pytestmark = [

@@ -18,7 +18,7 @@ from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, load_base
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import LoraSettings, ModelSettings
+from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
 from tests.models.worlds import kinds, lora_role, make_base, refused, tokens, write_model
 
 SHAPES: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ from rlhf_cli.models import base as module
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base, Text, check_length, check_vocabulary, load_base, load_text
 from rlhf_cli.models.device import compute_dtype, default_micro_batch_tokens, pick_device
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from tests.models.worlds import CPU, refused, write_model, write_tokenizer
 
 

@@ -13,7 +13,7 @@ from rlhf_cli.data.tokens import Sample
 from rlhf_cli.models.base import Base, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.rollouts.generate import Sampling, sample
 from tests.models.worlds import kinds, lora_role, write_model
 

@@ -284,7 +284,7 @@ def test_the_reference_of_a_fresh_adapter(lora: dict[str, Any]) -> None:
 
 
 def _settings(**lora: Any) -> Any:
-    from rlhf_cli.recipe.schema import LoraSettings
+    from rlhf_cli.recipe.settings.model import LoraSettings
 
     return LoraSettings(r=4, alpha=8.0, **lora)
 

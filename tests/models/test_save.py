@@ -23,7 +23,7 @@ from rlhf_cli.models.base import Base, Text, load_base, load_text
 from rlhf_cli.models.build import frozen_role, scalar_head
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import open_reward, pad_id, save_policy, save_reward
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from tests.models.worlds import full_role, kinds, lora_role, write_model
 
 ARCHITECTURES = ["llama", "llama-tied", "gpt2", "qwen2", "mixtral"]

@@ -20,7 +20,7 @@ from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base
 from rlhf_cli.models.build import scalar_head
 from rlhf_cli.models.roles import Role, disable_dropout
-from rlhf_cli.recipe.schema import LoraSettings
+from rlhf_cli.recipe.settings.model import LoraSettings
 from tests.data.conftest import CHATML, byte_level
 
 VOCABULARY = 97

@@ -20,7 +20,8 @@ from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.roles import Role
 from rlhf_cli.objectives.likelihood import cross_entropy
-from rlhf_cli.recipe.schema import SFTRecipe, TrainingSettings
+from rlhf_cli.recipe.schema import SFTRecipe
+from rlhf_cli.recipe.settings.training import TrainingSettings
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Plain
 from rlhf_cli.train.engine import Engine, Losses

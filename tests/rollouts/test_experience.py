@@ -17,7 +17,7 @@ from rlhf_cli.data.batch import collate, micro_batches
 from rlhf_cli.data.examples import Task
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.rollouts.experience import Experience, draw, measure, pad, token_rewards
 from rlhf_cli.rollouts.generate import Sampling
 from rlhf_cli.rollouts.rewards import Rollout

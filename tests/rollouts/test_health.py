@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.recipe.schema import ThresholdSettings, TripwireSettings, WireSettings
+from rlhf_cli.recipe.settings.doctor import ThresholdSettings, TripwireSettings, WireSettings
 from rlhf_cli.rollouts.doctor import EVENTS, TEXT, Doctor
 from rlhf_cli.rollouts.health import RULES, WATCHED
 from rlhf_cli.train.encode import encode_state

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_cli.recipe.schema import RewardSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.normalise import Running, Scaling, scaling_of
 
 ALL = np.ones(4, dtype=bool)

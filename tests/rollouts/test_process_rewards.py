@@ -18,7 +18,7 @@ from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import frozen_role, with_head
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import save_policy, save_reward
-from rlhf_cli.recipe.schema import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.rollouts.normalise import Scaling
 from rlhf_cli.rollouts.places import retokenise
 from rlhf_cli.rollouts.rewards import Rollout, total

@@ -23,7 +23,8 @@ from rlhf_cli.errors import DivergedError, RecipeError
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import scalar_head
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import ModelSettings, RewardSettings
+from rlhf_cli.recipe.settings.model import ModelSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.functions import FunctionReward, load_function
 from rlhf_cli.rollouts.loading import Judge, check_run, opened
 from rlhf_cli.rollouts.normalise import Scaling

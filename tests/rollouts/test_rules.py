@@ -21,7 +21,7 @@ from rlhf_cli.catalog.explain import docstring, parse, settings_of
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import DataError, ModelError
-from rlhf_cli.recipe.schema import RewardSettings
+from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.rewards import Rollout, total
 from rlhf_cli.rollouts.rules import RuleReward, answer, load_rule, numbers
 from tests.models.worlds import refused

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import RolloutSettings
+from rlhf_cli.recipe.settings.rollout import RolloutSettings
 from rlhf_cli.rollouts.generate import sample
 from rlhf_cli.rollouts.rows import draw, truncated
 from rlhf_cli.rollouts.sampling import Sampling

@@ -15,7 +15,7 @@ from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import PPOSettings
+from rlhf_cli.recipe.settings.ppo import PPOSettings
 from rlhf_cli.rollouts.experience import Experience, pad
 from rlhf_cli.rollouts.rewards import Rollout
 from rlhf_cli.runs.directory import Run

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import PPOSettings, TrainingSettings
+from rlhf_cli.recipe.settings.ppo import PPOSettings
+from rlhf_cli.recipe.settings.training import TrainingSettings
 from rlhf_cli.rollouts.experience import pad
 from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, Target, counts, policy_loss, value_loss
 from rlhf_cli.stages.ppo_memory import memory_lines, state_bytes

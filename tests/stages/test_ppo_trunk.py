@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.models.build import with_values
 from rlhf_cli.models.roles import Role
-from rlhf_cli.recipe.schema import CriticSettings, PPOSettings
+from rlhf_cli.recipe.settings.ppo import CriticSettings, PPOSettings
 from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, counts, head_loss, joint_loss, policy_loss
 from rlhf_cli.train.engine import Losses
 from tests.models.worlds import full_role, make_base

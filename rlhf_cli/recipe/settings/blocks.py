@@ -1,0 +1,62 @@
+"""Pieces that recipe classes are made of: blocks of the catalogue, short forms, mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
+
+from rlhf_cli.catalog import Entry, Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def block(entries: Iterable[Entry], default: str | None = None, *, mix: str | None = None) -> Any:
+    """The type of a `{name: ..., settings...}` block that may hold any of these entries; without a name, the default.
+
+    mix: the name of a further member, `{terms: [...]}`: a weighted sum of those entries that work on pairs.
+    """
+    entries = list(entries)
+    members = [Annotated[_named(entry, "block", default), Tag(entry.name)] for entry in entries]
+    if mix is not None:
+        pairs = [_named(e, "term", weight=(Weight, 1.0)) for e in entries if getattr(e, "data", "") == "comparison"]
+        term: Any = Annotated[reduce(or_, pairs), Field(discriminator="name")]
+        terms: Any = (Annotated[list[term], Field(min_length=2)], ...)
+        whole = create_model(mix, __base__=Settings, __doc__="A weighted sum of objectives.", terms=terms)
+        members.append(Annotated[whole, Tag("a mix")])
+
+    def tag(value: Any) -> Any:
+        if isinstance(value, dict):
+            return "a mix" if mix is not None and "terms" in value else value.get("name", default)
+        return getattr(value, "name", "a mix")
+
+    return members[0] if len(members) == 1 else Annotated[reduce(or_, members), Discriminator(tag)]
+
+
+def _named(entry: Any, kind: str, default: str | None = None, **more: Any) -> Any:
+    """The settings of an entry with its name."""
+    name: Any = (Literal[entry.name], entry.name if entry.name == default else ...)
+    return create_model(f"{entry.name}_{kind}", __base__=entry.settings, __doc__=entry.help, name=name, **more)
+
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Factor of this term in the sum.")]
+
+
+def terms_of(objective: Any) -> list[tuple[float, Any]]:
+    """(weight, block) of each objective of a recipe: one, or those of a mix."""
+    terms = getattr(objective, "terms", None)
+    return [(1.0, objective)] if terms is None else [(term.weight, term) for term in terms]
+
+
+def as_mapping(key: str, settings: type[Settings]) -> BeforeValidator:
+    """A bare string stands for `{key: string}`."""
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | settings
+    )
+
+
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,44 @@
+"""The model of a recipe and its adapter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rlhf_cli.catalog import Positive, Settings, Share
+from rlhf_cli.recipe.settings.blocks import Count
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+
+
+class ModelSettings(Settings):
+    name_or_path: str
+    """A hub id, a folder, or the directory of an earlier run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = "auto"
+    """Dtype of frozen weights and of the computation. `auto`: bfloat16 on a device that has it, else float32.
+    Trained weights are always kept in float32."""
+    quantization: Quantization = "none"
+    """Quantise the frozen base with bitsandbytes; needs `lora`."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """`auto` computes attention segment by segment (packing, shared prompts) where the architecture allows it."""
+    chat_template: str | None = None
+    """A file with a Jinja template, or the template itself; default: the tokenizer's."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class LoraSettings(Settings):
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 32.0
+    """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with use_rslora)."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input. Used by sft; the other stages compare the model with itself and switch it off."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers: all-linear, a list of names, or a regular expression."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (arXiv:2312.03732)."""
