@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import rlhf_cli.recipe.schema  # noqa: F401  early: pydantic reads docstrings ten times slower once torch is imported
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -24,6 +24,7 @@ from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
+from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.settings.model import ModelSettings
 
@@ -86,14 +87,24 @@ class Base:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (C, H) -> logits (C, V) with the architecture's scale and soft-capping."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        config = self.model.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):
+        scale, cap = self._bends()
+        if scale != 1.0:
             logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):
-            logits = logits / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _bends(self) -> tuple[float, float | None]:
+        """What the architecture does to its logits: the factor, and the soft cap after it."""
+        config = self.model.config.get_text_config()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return scale, getattr(config, "final_logit_softcapping", None) or None
+
+    def head(self) -> Head | Callable[[Tensor], Tensor]:
+        """The output layer for the kernel where it is a plain linear layer, else (adapted, quantised, hooked) `logits`
+        as a function."""
+        layer = self.model.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return self.logits
+        return Head(layer.weight, layer.bias, *self._bends(), self.dtype)
 
 
 def quiet() -> None:

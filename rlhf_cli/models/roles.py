@@ -105,7 +105,7 @@ class Role:
     def _logp(self, hidden: Tensor, batch: Batch, temperature: float, statistics: Statistics) -> TokenLogp:
         ids = batch.ids.view(-1)[batch.targets]
         return token_logp(
-            hidden[batch.predictors], self.base.logits, ids, temperature,
+            hidden[batch.predictors], self.base.head(), ids, temperature,
             vocabulary=self.base.vocabulary, statistics=statistics,
         )  # fmt: skip
 
@@ -119,7 +119,13 @@ class Role:
         return torch.stack([self._scalar(hidden[batch.predictors]), self._scalar(hidden[batch.targets])], dim=1)
 
     def logp_and_values(
-        self, batch: Batch, temperature: float, *, detach: bool = False, around: bool = False
+        self,
+        batch: Batch,
+        temperature: float,
+        *,
+        statistics: Statistics = "usual",
+        detach: bool = False,
+        around: bool = False,
     ) -> tuple[TokenLogp, Tensor]:
         """`logp` and the K values of the own value head, from one forward: of the state before each scored token
         (T, K) or, with `around`, of those before and after it (T, 2 K). detach: no gradient of the values reaches the
@@ -130,7 +136,17 @@ class Role:
         seen = hidden.detach() if detach else hidden
         places = (batch.predictors, batch.targets) if around else (batch.predictors,)
         values = torch.cat([self._through(self.value_head, seen[at]) for at in places], dim=1)
-        return self._logp(hidden, batch, temperature, "usual"), values
+        return self._logp(hidden, batch, temperature, statistics), values
+
+    def values_of_still_trunk(self, batch: Batch) -> Tensor:
+        """The K values of the own value head at each scored token (T, K), the trunk run without gradient."""
+        if self.value_head is None:
+            raise RoleError(f"{self.name} has no value head")
+        with torch.no_grad():
+            hidden = self.hidden(batch)
+        if torch.is_grad_enabled():
+            self.base.open_graph = self
+        return self._through(self.value_head, hidden[batch.predictors])
 
     def score(self, batch: Batch) -> Tensor:
         """Score of each sequence, read at its last token: (N,), float32."""

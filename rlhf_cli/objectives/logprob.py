@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Statistics = Literal["none", "usual", "collision"]
+from rlhf_cli.objectives.head import Head, head_logp
+
+Statistics = Literal["none", "entropy", "bonus", "collision", "usual"]
 CHUNK_ELEMENTS = 2**24
 """Logits in memory at once (64 MiB in float32)."""
 
@@ -34,7 +36,10 @@ def _chunk(
     logits = head(hidden).float() / temperature  # (C, V)
     total = torch.logsumexp(logits, dim=-1)  # (C,)
     rows = [logits.gather(1, ids[:, None]).squeeze(1) - total]
-    if statistics == "usual":
+    if statistics == "entropy":
+        known = logits.detach()
+        rows.append(total.detach() - (torch.softmax(known, dim=-1) * known).sum(-1))
+    elif statistics in ("usual", "bonus"):
         rows += [total - (torch.softmax(logits, dim=-1) * logits).sum(-1), logits.mean(-1) - total]
     elif statistics == "collision":
         known = logits.detach()
@@ -63,7 +68,7 @@ def token_logits(
 
 def token_logp(
     hidden: Tensor,  # (T, H)
-    head: Callable[[Tensor], Tensor],  # (C, H) -> (C, V)
+    head: Head | Callable[[Tensor], Tensor],  # (C, H) -> (C, V)
     ids: Tensor,  # (T,)
     temperature: float = 1.0,
     chunk: int | None = None,
@@ -72,11 +77,20 @@ def token_logp(
 ) -> TokenLogp:
     """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
 
-    At most `chunk` rows of logits (default: as many as make 64 MiB for `vocabulary` columns) are alive at a time, in
-    the forward and, through recomputation, in the backward pass. `head` includes whatever the architecture does to
-    logits (bias, scale, soft-capping). The result does not depend on the chunk. Statistics that are not asked for are
-    empty: `usual` are entropy and mean, `collision` is what WPO weights with (arXiv:2406.11827).
+    A `Head` goes through the kernel (objectives/head.py). Of any other function, which includes whatever the
+    architecture does to logits (bias, scale, soft-capping), at most `chunk` rows of logits (default: as many as make
+    64 MiB for `vocabulary` columns) are alive at a time, in the forward and, through recomputation, in the backward
+    pass. The result does not depend on the chunk. Statistics that are not asked for are empty: `usual` are entropy and
+    mean, and `bonus` is entropy, with gradient; `entropy` and `collision`, what WPO weights with (arXiv:2406.11827),
+    have none.
     """
+    if isinstance(head, Head) and statistics != "usual" and len(ids):
+        logp, watched = head_logp(hidden, head, ids, temperature, statistics)
+        nothing = watched[:0]
+        return TokenLogp(
+            logp, watched if statistics in ("entropy", "bonus") else nothing, nothing,
+            watched if statistics == "collision" else nothing,
+        )  # fmt: skip
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else 512
     if len(ids) == 0:
@@ -95,4 +109,8 @@ def token_logp(
     none = whole[0, :0]
     if statistics == "usual":
         return TokenLogp(whole[0], whole[1], whole[2], none)
+    if statistics == "bonus":
+        return TokenLogp(whole[0], whole[1], none, none)
+    if statistics == "entropy":
+        return TokenLogp(whole[0], whole[1].detach(), none, none)
     return TokenLogp(whole[0], none, none, whole[1].detach() if statistics == "collision" else none)

@@ -129,8 +129,8 @@ def measure(
 def _spoken(policy: Role, batch: Batch, temperature: float, around: bool) -> Tensor:
     """Log-probability and entropy of each scored token (T, 2), and the values of a value head behind them."""
     if policy.value_head is None:
-        return torch.stack(policy.logp(batch, temperature)[:2], dim=1)
-    said, values = policy.logp_and_values(batch, temperature, around=around)
+        return torch.stack(policy.logp(batch, temperature, statistics="entropy")[:2], dim=1)
+    said, values = policy.logp_and_values(batch, temperature, statistics="entropy", around=around)
     return torch.cat([torch.stack(said[:2], dim=1), values], dim=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.models.roles import Role
 from rlhf_cli.objectives.kl import k2, k3, k3_plus
-from rlhf_cli.objectives.logprob import TokenLogp
+from rlhf_cli.objectives.logprob import Statistics, TokenLogp
 from rlhf_cli.objectives.policy import (
     clipped_policy,
     clipped_value,
@@ -80,10 +80,15 @@ def policy_loss(
     """The clipped surrogate less the entropy bonus, plus the KLs that stand in the loss."""
 
     def loss(batch: Batch, group: list[int]) -> Losses:
-        said = policy.logp(batch, lesson.temperature)
+        said = policy.logp(batch, lesson.temperature, statistics=_entropy(settings))
         return policy_terms(said, batch, settings, lesson, chunk[group], coefficients)
 
     return loss
+
+
+def _entropy(settings: PPOSettings) -> Statistics:
+    """The entropy, with gradient where it earns a bonus."""
+    return "bonus" if settings.entropy_coef else "entropy"
 
 
 def value_loss(critic: Role, target: Target, value_clip: float | None, lesson: Lesson, chunk: np.ndarray) -> Loss:
@@ -102,23 +107,24 @@ def joint_loss(
     """Both from one forward of one trunk, the value losses weighted by `coef`."""
 
     def loss(batch: Batch, group: list[int]) -> Losses:
-        said, values = policy.logp_and_values(batch, lesson.temperature, detach=critic.detach)
+        said, values = policy.logp_and_values(
+            batch, lesson.temperature, statistics=_entropy(settings), detach=critic.detach
+        )
         own = policy_terms(said, batch, settings, lesson, chunk[group], coefficients)
         errors = value_terms(values, lesson.targets, settings.value_clip, lesson, chunk[group])
         parts = {unit: [x] for unit, x in own.sums.items()}
         parts.setdefault("token", []).append(critic.coef * errors.sums["token"])
         sums = {unit: torch.stack(xs).sum() for unit, xs in parts.items()}
-        return Losses(sums, own.metrics | errors.metrics, own.peaks)
+        return Losses(sums, {**own.metrics, **errors.metrics}, own.peaks)
 
     return loss
 
 
 def head_loss(policy: Role, lesson: Lesson, chunk: np.ndarray) -> Loss:
-    """The plain error of the values on the policy's trunk, whose gradient reaches the value head alone."""
+    """The plain error of the values on the policy's trunk, which stands still: the value head alone learns."""
 
     def loss(batch: Batch, group: list[int]) -> Losses:
-        _, values = policy.logp_and_values(batch, lesson.temperature, detach=True)
-        return value_terms(values, lesson.targets, None, lesson, chunk[group])
+        return value_terms(policy.values_of_still_trunk(batch), lesson.targets, None, lesson, chunk[group])
 
     return loss
 
@@ -126,34 +132,54 @@ def head_loss(policy: Role, lesson: Lesson, chunk: np.ndarray) -> Loss:
 def policy_terms(
     of: TokenLogp, batch: Batch, settings: PPOSettings, lesson: Lesson, rows: np.ndarray, coefficients: Coefficients
 ) -> Losses:
-    """Of the policy, on the completions `rows` that make the batch."""
+    """Of the policy, on the completions `rows` that make the batch. What `loss/` names is divided as the loss is."""
     aggregate, device = AGGREGATES[settings.aggregate], of.logp.device
     owners, count, old = batch.owners, batch.sequences, lesson.flat(lesson.experience.logp, rows, device)
     new, base = of.logp, old
     if settings.ratio == "sequence":
         new, base = sequence_log_ratio(of.logp, old, owners, count), torch.zeros_like(old)
+    advantages = lesson.flat(lesson.advantages, rows, device)
     surrogate, clipped = clipped_policy(
-        new, base, lesson.flat(lesson.advantages, rows, device),
+        new, base, advantages,
         clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
     )  # fmt: skip
     moved = k3(old, of.logp)  # KL(rollout policy || policy)
     whole, n = aggregate(surrogate, owners, count), float(len(old))
     ratios = ratio(new.detach(), base)
-    metrics = {
+    metrics: dict[str, tuple[Tensor, float | str]] = {
+        "loss/policy": (whole.detach(), settings.aggregate),
         "policy/approxkl": (moved.detach().sum(), n),
-        "policy/clipfrac": (clipped.sum(), n),
         "policy/entropy": (of.entropy.detach().sum(), n),
         "val/ratio": (ratios.sum(), n),
     }
-    if settings.entropy_coef:
-        whole = whole - settings.entropy_coef * aggregate(of.entropy, owners, count)
-    if coefficients.penalty is not None:
-        whole = whole + coefficients.penalty * aggregate(moved, owners, count)
-    if settings.kl_in == "loss":
-        drift = IN_LOSS[settings.kl_estimator](of.logp, lesson.flat(lesson.experience.reference_logp, rows, device))
-        whole = whole + coefficients.kl * aggregate(drift, owners, count)
-        metrics["loss/kl"] = (drift.detach().sum(), n)
+    metrics |= {name: (x.sum(), n) for name, x in clip_shares(clipped, ratios, advantages, settings.dual_clip).items()}
+    for name, coef, term in further_terms(of, moved, settings, lesson, rows, coefficients):
+        value = aggregate(term, owners, count)
+        whole = whole + coef * value
+        metrics[f"loss/{name}"] = (value.detach(), settings.aggregate)
     return Losses({settings.aggregate: whole}, metrics, {"policy/ratio_max": ratios.max()})
+
+
+def further_terms(
+    of: TokenLogp, moved: Tensor, settings: PPOSettings, lesson: Lesson, rows: np.ndarray, coefficients: Coefficients
+) -> Iterator[tuple[str, float, Tensor]]:
+    """What else stands in the policy's loss: name, coefficient, value at each token. moved (tokens,): the KL from the
+    rollout's policy."""
+    if settings.entropy_coef:
+        yield "entropy", -settings.entropy_coef, of.entropy
+    if coefficients.penalty is not None:
+        yield "penalty", coefficients.penalty, moved
+    if settings.kl_in == "loss":
+        reference = lesson.flat(lesson.experience.reference_logp, rows, of.logp.device)
+        yield "kl", coefficients.kl, IN_LOSS[settings.kl_estimator](of.logp, reference)
+
+
+def clip_shares(clipped: Tensor, ratios: Tensor, advantages: Tensor, dual_clip: float | None) -> dict[str, Tensor]:
+    """Which tokens (tokens,) bool are clipped: all, at the upper end, at the lower end, and by the dual clip."""
+    good = advantages > 0
+    shares = {"": clipped, "_high": clipped & good, "_low": clipped & ~good}
+    shares["_dual"] = torch.zeros_like(clipped) if dual_clip is None else (advantages < 0) & (ratios > dual_clip)
+    return {f"policy/clipfrac{which}": share for which, share in shares.items()}
 
 
 def value_terms(
@@ -161,7 +187,7 @@ def value_terms(
 ) -> Losses:
     """Of values (tokens, K) for K targets: reward, cost."""
     device, errors = values.device, []
-    metrics: dict[str, tuple[Tensor, float]] = {}
+    metrics: dict[str, tuple[Tensor, float | str]] = {}
     for k, (target, names) in enumerate(zip(targets, VALUE_METRICS, strict=False)):
         error, clipped = clipped_value(
             values[:, k], lesson.flat(target.old, rows, device), lesson.flat(target.returns, rows, device),

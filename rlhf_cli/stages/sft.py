@@ -17,6 +17,7 @@ from rlhf_cli.data.tokens import Sample
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.save import save_policy
+from rlhf_cli.objectives.logprob import Statistics
 from rlhf_cli.recipe.schema import SFTRecipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
@@ -38,8 +39,10 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
     objective = OBJECTIVES[recipe.objective.name].load()
     settings = common.settings_of(recipe.objective)
 
+    statistics: Statistics = "usual" if recipe.objective.label_smoothing else "entropy"
+
     def loss(batch: Batch, group: list[int]) -> Losses:
-        of = policy.logp(batch)
+        of = policy.logp(batch, statistics=statistics)
         total = objective(of.logp, of.mean, **settings).sum()
         tokens = float(len(of.logp))
         nll = -of.logp.detach().sum()
