@@ -13,18 +13,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf_cli.models.base import Base
 
 SPARE = 64
-"""Slots added when a buffer is full, and a quarter of its length more."""
+"""Slots added when a buffer is full, and a quarter of its length more; never more than all rows can fill."""
 
 
 class Growing(DynamicLayer):
     """One layer's keys and values as the front part of larger buffers: a new column is written, not concatenated.
 
-    R rows, S slots; buffers (R, heads, S, head size).
+    R rows, S slots; buffers (R, heads, S, head size); `most` slots can be needed.
     """
 
-    def __init__(self, is_sliding: bool) -> None:
+    def __init__(self, is_sliding: bool, most: int) -> None:
         super().__init__()
-        self.is_sliding = is_sliding
+        self.is_sliding, self.most = is_sliding, most
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,8 @@ class Growing(DynamicLayer):
 
     def _wider(self, buffer: Tensor, repeats: int = 1) -> Tensor:
         rows, heads, slots, size = buffer.shape
-        room = buffer.new_empty(rows, repeats, heads, slots + slots // 4 + SPARE, size)
+        wide = max(slots, min(slots + slots // 4 + SPARE, self.most))
+        room = buffer.new_empty(rows, repeats, heads, wide, size)
         room[:, :, :, :slots] = buffer[:, None]
         return room.view(rows * repeats, heads, -1, size)
 
@@ -74,6 +75,11 @@ class Cache:
         whole = all(hasattr(layer, name) for layer in cache.layers for name in wanted)
         self.keys: DynamicCache | None = cache if whole else None
 
+    @property
+    def layers(self) -> Sequence[Any]:
+        """What each layer keeps."""
+        return () if self.keys is None else self.keys.layers
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a forward."""
         return {"use_cache": False} if self.keys is None else {"past_key_values": self.keys, "use_cache": True}
@@ -85,8 +91,7 @@ class Cache:
 
     def move(self, source: Tensor, target: Tensor, order: Tensor) -> None:
         """Rows `source` over rows `target`, so that the rows are now those of `order`, in that order."""
-        layers: Sequence[Any] = () if self.keys is None else self.keys.layers
-        for layer in layers:
+        for layer in self.layers:
             if isinstance(layer, Growing):
                 layer.move(source, target, len(order))
             else:
@@ -100,7 +105,7 @@ class Cache:
 def _growing(layer: Any, slots: int) -> Any:
     """The layer, or one that grows in place where it would hold all of these slots."""
     if type(layer) is DynamicLayer:
-        return Growing(is_sliding=False)
+        return Growing(False, slots)
     if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= slots:
-        return Growing(is_sliding=True)
+        return Growing(True, slots)
     return layer

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.roles import Role
-from rlhf_cli.rollouts.cache import Cache
 from rlhf_cli.rollouts.continuous import by_continuous
 from rlhf_cli.rollouts.engines import by_generate, left_padded
+from rlhf_cli.rollouts.forward import Forward
 from rlhf_cli.rollouts.rows import Rows
 from rlhf_cli.rollouts.sampling import Completed, Sampling
 
@@ -86,32 +86,24 @@ def by_own_loop(
     rows = Rows([p for p in prompts for _ in range(count)], numbers, stop_ids, sampling, seed, base.device)
     tokens, mask = left_padded(prompts, base.device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    width = mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
     alive = rows.everyone  # rows in the cache; a few of them may have finished
-    cache = Cache(base, width + new)
     with policy.active():
+        forward = Forward(base, mask)
         for t in range(new):
-            states = base.model.base_model(
-                input_ids=tokens, attention_mask=mask[:, : width + t], position_ids=position, **cache.arguments()
-            ).last_hidden_state[:, -1]  # (B, H)
+            states = forward(tokens, position)  # (B, H)
             if t == 0 and count > 1:
-                cache.repeat(count)
-                states, mask, tokens, position = (
-                    x.repeat_interleave(count, 0) for x in (states, mask, tokens, position)
-                )
+                forward.repeat(count)
+                states, tokens, position = (x.repeat_interleave(count, 0) for x in (states, tokens, position))
             sampling.stats.row_steps += len(alive)
             token = rows.draw(base.logits(states), alive)
-            going = ~rows.finished[alive]
-            left = int(going.sum())
-            if left == 0 or t + 1 == new:
+            if rows.left == 0 or t + 1 == new:
                 break
-            if len(alive) - left > CARRIED * len(alive):
-                source, target, order = _moves(going, left)
-                cache.move(source, target, order)
-                alive, mask, position, tokens, token = (x[order] for x in (alive, mask, position, tokens, token))
-            tokens = cache.next(tokens, token[:, None])
-            position = cache.next(position, position[:, -1:] + 1)
+            if len(alive) - rows.left > CARRIED * len(alive):
+                source, target, order = _moves(~rows.finished[alive], rows.left)
+                forward.move(source, target, order)
+                alive, position, tokens, token = (x[order] for x in (alive, position, tokens, token))
+            tokens, position = forward.next(tokens, token[:, None]), forward.next(position, position[:, -1:] + 1)
     return rows.completed()
 
 
