@@ -8,6 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RESUME ?= auto
+KILLS ?= 200
 BIN := .venv/bin
 READY := .venv/ready
 RLHF := $(BIN)/rlhf
@@ -18,7 +19,7 @@ DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check clean gpu-check
+.PHONY: help setup demo test faults planted check clean gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +40,12 @@ $(READY): constraints.txt pyproject.toml
 
 test: $(READY) ## run the tests: no network, no GPU
 	$(BIN)/python -m pytest
+
+faults: $(READY) ## kill runs at random moments (KILLS=200 SEED=any), start them again, compare bit for bit
+	$(BIN)/python -m tests.faults.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+planted: $(READY) ## plant each known PPO bug and show which test catches it
+	$(BIN)/python -m tests.planted
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -1,14 +1,16 @@
-"""Write docs/objectives.md: every objective, estimator and controller, from the catalogue and the docstrings.
+"""Write docs/objectives.md: every objective, estimator, controller and reward rule, from catalogue and docstrings; and
+docs/ppo-properties.md: what holds of PPO, and the tests that hold it, from tests/ppo_properties.py.
 
-    python scripts/make_docs.py            writes it
-    python scripts/make_docs.py --check    exit code 1 when it is not what would be written
+    python scripts/make_docs.py            writes them
+    python scripts/make_docs.py --check    exit code 1 when they are not what would be written
 
-`rlhf explain NAME` shows the same. A test holds the page fresh.
+`rlhf explain NAME` shows the same. Tests hold the pages fresh.
 """
 
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,16 +22,20 @@ from rlhf_cli.catalog import STAGES, Stage
 from rlhf_cli.catalog.explain import Named
 from rlhf_cli.cli.explain import described, formula_lines, offers, plain
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "objectives.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "objectives.md"
+PROPERTIES = ROOT / "docs" / "ppo-properties.md"
 HEAD = """# Objectives
 
-Every name that a recipe may use for an objective, an advantage estimator or a KL controller. This page is made from the
-catalogue and the docstrings by `scripts/make_docs.py`; do not edit it. `rlhf explain NAME` shows one entry on the
-terminal. Which to take: [choosing.md](choosing.md); how to add one: [adding-an-objective.md](adding-an-objective.md).
+Every name that a recipe may use for an objective, an advantage estimator, a KL controller or a reward rule. This page
+is made from the catalogue and the docstrings by `scripts/make_docs.py`; do not edit it. `rlhf explain NAME` shows one
+entry on the terminal. Which to take: [choosing.md](choosing.md); how to add one:
+[adding-an-objective.md](adding-an-objective.md); all that rewards can be: [rewards.md](rewards.md).
 
-The code is in `rlhf_cli/objectives/`, pure functions of tensors; `tests/objectives/` holds each to values worked out by
-hand, to finite differences and to planted mistakes. "At step 0" is what the loss is while policy and reference are the
-same model, or all scores are equal: the first line of `metrics.jsonl` shows it.
+The code is in `rlhf_cli/objectives/`, pure functions of tensors (that of rules in `rlhf_cli/rollouts/rules.py`);
+`tests/objectives/` holds each to values worked out by hand, to finite differences and to planted mistakes. "At step 0"
+is what the loss is while policy and reference are the same model, or all scores are equal: the first line of
+`metrics.jsonl` shows it.
 """
 
 
@@ -93,18 +99,35 @@ def _table(head: tuple[str, ...], rows: Iterable[str]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows]) + "\n"
 
 
+PROPERTIES_HEAD = """# What holds of PPO
+
+Each line is a property with the tests below `tests/` that hold it; `tests/objectives/test_objectives.py` runs each
+`check_`. This page is made from `tests/ppo_properties.py` by `scripts/make_docs.py`; do not edit it. `make planted`
+plants each known mistake of PPO code into a copy of the project and shows which of these tests catches it.
+"""
+
+
+def properties_page() -> str:
+    """The page of PPO's properties."""
+    found = runpy.run_path(str(ROOT / "tests" / "ppo_properties.py"))["PROPERTIES"]
+    rows = []
+    for number, (says, tests) in found.items():
+        rows.append(f"| {number} | {says} | {'<br>'.join(f'`{test}`' for test in tests)} |")
+    return PROPERTIES_HEAD + "\n" + _table(("", "what holds", "tests"), rows)
+
+
 def main() -> int:
-    """Write or check the page."""
+    """Write or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
-    check = parser.parse_args().check
-    text = page()
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.name} is stale: python scripts/make_docs.py", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
+    check, stale = parser.parse_args().check, 0
+    for path, text in ((PAGE, page()), (PROPERTIES, properties_page())):
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            print(f"{path.name} is stale: python scripts/make_docs.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

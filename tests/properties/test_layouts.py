@@ -73,6 +73,24 @@ def test_score_is_read_at_the_last_token(name: str) -> None:
     torch.testing.assert_close(score, torch.cat(wanted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_value_is_of_the_state_before_its_token(name: str, packed: bool) -> None:
+    """Against a plain forward of each row alone: nothing of the token itself is in its value, all before it is."""
+    role = full_role(make_base(name, packed=packed), head=True)
+    samples = kinds(1)["demonstrations"] + kinds(1)["pairs"]
+    values = measured(role, collate(samples, packed=packed))["values"]
+    wanted = []
+    for sample in samples:
+        for completion in sample.completions:
+            row = torch.from_numpy(np.concatenate([sample.prompt, completion.ids]).astype(np.int64))
+            for at in len(sample.prompt) + np.flatnonzero(completion.scored):
+                with role.active():
+                    assert role.head is not None
+                    wanted.append(role.head(role.base.model.base_model(row[None, :at]).last_hidden_state[0, -1]))
+    torch.testing.assert_close(values, torch.cat(wanted), rtol=1e-5, atol=1e-5)
+
+
 def gradients(role: Role, samples: list[Sample], packed: bool, loss: Callable[[Role, Batch], Tensor]) -> list[Tensor]:
     """Of every trained parameter."""
     with role.active(train=True):

@@ -83,13 +83,13 @@ def test_pad(lengths: list[int]) -> None:
 # --- a whole rollout ---------------------------------------------------------------------------------------
 
 
-def infer_with(budget: int) -> Callable[..., list[torch.Tensor]]:
+def infer_with(budget: int, packed: bool = True) -> Callable[..., list[torch.Tensor]]:
     """`Engine.infer` with micro-batches of so many tokens."""
 
     def infer(role: Role, samples: Any, function: Any, unit: str = "token") -> list[torch.Tensor]:
         out: list[Any] = [None] * len(samples)
-        for group in micro_batches(samples, budget, packed=True):
-            batch = collate([samples[i] for i in group], packed=True)
+        for group in micro_batches(samples, budget, packed=packed):
+            batch = collate([samples[i] for i in group], packed=packed)
             with role.active():
                 result = function(batch)
             for place, i in enumerate(group):
