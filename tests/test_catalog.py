@@ -18,6 +18,7 @@ from rlhf_cli.catalog import (
     ESTIMATORS,
     NEEDS,
     OBJECTIVES,
+    REWARDS,
     STAGES,
     Data,
     Entry,
@@ -39,10 +40,11 @@ from tests.objectives.test_objectives import CHECKED
 
 ROOT = Path(__file__).parents[1]
 TABLES: dict[str, dict[str, Any]] = {
-    "objective": OBJECTIVES, "estimator": ESTIMATORS, "controller": CONTROLLERS, "stage": STAGES
+    "objective": OBJECTIVES, "estimator": ESTIMATORS, "controller": CONTROLLERS, "rule": REWARDS, "stage": STAGES
 }  # fmt: skip
 ENTRIES = [entry for table in TABLES.values() for entry in table.values()]
-WITH_SETTINGS = [*OBJECTIVES.values(), *ESTIMATORS.values(), *CONTROLLERS.values()]
+WITH_CHECKS = [*OBJECTIVES.values(), *ESTIMATORS.values(), *CONTROLLERS.values()]
+WITH_SETTINGS = [*WITH_CHECKS, *REWARDS.values()]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SOURCE = re.compile(r"arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b")
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -260,7 +262,7 @@ def test_recipes_use_every_objective() -> None:
 
 def test_a_check_holds_every_entry() -> None:
     names = [check.__name__.removeprefix("check_") for _, checks in CHECKED for check in checks]
-    for entry in WITH_SETTINGS:
+    for entry in WITH_CHECKS:
         assert any(name == entry.name or name.startswith(f"{entry.name}_") for name in names), entry.name
 
 
@@ -293,7 +295,7 @@ def test_the_page_is_fresh() -> None:
     snippets = [yaml.safe_load(snippet) for snippet in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     assert len(snippets) == len(WITH_SETTINGS)
     for snippet in snippets:
-        recipe = snippet.get("ppo", snippet)
-        block = next(recipe[key] for key in ("objective", "advantage", "kl") if key in recipe)
+        recipe = snippet.get("ppo") or snippet.get("rewards", [snippet])[0]
+        block = next(recipe[key] for key in ("objective", "advantage", "kl", "rule") if key in recipe)
         settings = {e.name: e.settings for e in WITH_SETTINGS}[block.pop("name")]
         assert settings.model_validate(block) == settings()

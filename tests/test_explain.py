@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, STAGES, Entry, NonNegative, Share
+from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, REWARDS, STAGES, Entry, NonNegative, Share
 from rlhf_cli.catalog.explain import Explained, allowed, docstring, explain, needs_of, parse, recipe_of
 from rlhf_cli.cli.explain import WIDEST, as_text, explanation, formula_lines, on_terminal, plain
 from rlhf_cli.cli.tools import catalogue_lines
@@ -20,7 +20,7 @@ from rlhf_cli.data.formats import FORMATS
 from rlhf_cli.recipe.schema import RECIPES
 from tests.conftest import run_cli
 
-ENTRIES = {**OBJECTIVES, **ESTIMATORS, **CONTROLLERS}
+ENTRIES = {**OBJECTIVES, **ESTIMATORS, **CONTROLLERS, **REWARDS}
 NAMES = sorted({*ENTRIES, *STAGES})
 WHOLE = """a = b
 + c; d = e.
@@ -92,6 +92,8 @@ def test_allowed_values_in_words() -> None:
     assert allowed(NonNegative) == "number >= 0"
     assert allowed(Share | None) == "number >= 0 and <= 1 or null"
     assert (allowed(bool), allowed(str), allowed(int)) == ("true or false", "text", "whole number")
+    assert allowed(list[str]) == "list of text"
+    assert plain(["a", "b c"]) == "[a, b c]"
     assert [plain(v) for v in (None, True, 0.1, 1e-4, "+", "yes")] == ["null", "true", "0.1", "0.0001", "+", "'yes'"]
 
 
@@ -103,7 +105,9 @@ def test_the_recipe_that_is_shown_is_valid(name: str) -> None:
         rest["rewards"] = [{"function": "f.py:g"}]
     recipe = RECIPES[block["stage"]].model_validate(rest | block)
     chosen = recipe.ppo if block["stage"] == "ppo" else recipe  # type: ignore[attr-defined]
-    assert name in {getattr(getattr(chosen, key, None), "name", None) for key in ("objective", "advantage", "kl")}
+    named = [getattr(chosen, key, None) for key in ("objective", "advantage", "kl")]
+    named += [reward.rule for reward in getattr(recipe, "rewards", ())]
+    assert name in {getattr(one, "name", None) for one in named}
 
 
 def test_needs_in_words() -> None:
@@ -115,6 +119,7 @@ def test_needs_in_words() -> None:
     assert needs_of(ESTIMATORS["remax"]) == ["the score of a greedy completion of each prompt"]
     assert needs_of(ESTIMATORS["reinforce"]) == []
     assert len(needs_of(CONTROLLERS["fixed"])) == 1
+    assert {name: len(needs_of(rule)) for name, rule in REWARDS.items() if needs_of(rule)} == {"numeric_answer": 1}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +136,7 @@ def test_every_name_on_a_terminal_of_80_columns(name: str) -> None:
             assert f"\n  {key}: " in text
     if name in STAGES:
         assert f"rlhf {name}: {STAGES[name].help}"[:60] in text
-        offered = [o.name for o in OBJECTIVES.values() if o.stage == name] or [*ESTIMATORS, *CONTROLLERS]
+        offered = [o.name for o in OBJECTIVES.values() if o.stage == name] or [*ESTIMATORS, *CONTROLLERS, *REWARDS]
         assert all(f"\n  {one} " in text for one in offered)
 
 
@@ -168,7 +173,7 @@ def test_an_unknown_name() -> None:
     outcome = run_cli("explain", "r-dpo")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.errors == [
-        "error: there is no objective, estimator, controller or command called 'r-dpo' (did you mean 'r_dpo'?)"
+        "error: there is no objective, estimator, controller, rule or command called 'r-dpo' (did you mean 'r_dpo'?)"
     ]
     outcome = run_cli("explain", "@@@@")
     assert (outcome.code, len(outcome.errors)) == (2, 1)
@@ -193,6 +198,9 @@ def test_list_as_data() -> None:
     estimators = {entry["name"]: entry for entry in data["estimators"]}
     assert (estimators["gae"]["critic"], estimators["rloo"]["group"], estimators["remax"]["greedy"]) == (True, 2, True)
     assert [entry["name"] for entry in data["controllers"]] == list(CONTROLLERS)
+    assert {entry["name"]: entry["reads"] for entry in data["rules"]} == {r.name: r.reads for r in REWARDS.values()}
+    words = next(entry for entry in data["rules"] if entry["name"] == "words")
+    assert [s["name"] for s in words["settings"]] == ["plus", "minus", "per"]
 
 
 def test_list_has_a_line_for_each_name_below_its_command() -> None:
@@ -205,7 +213,7 @@ def test_list_has_a_line_for_each_name_below_its_command() -> None:
         elif line.startswith("  "):
             found.setdefault(command, []).append(line.split()[0])
     offered = {stage: [o.name for o in OBJECTIVES.values() if o.stage == stage] for stage in STAGES}
-    assert found == offered | {"ppo": [*ESTIMATORS, *CONTROLLERS]}
+    assert found == offered | {"ppo": [*ESTIMATORS, *CONTROLLERS, *REWARDS]}
 
 
 def test_list_is_folded_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,17 +45,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tiny_model: Path, world: Path) -> Make:
-    """A short run of the kind that a recipe starts from: sft, sft-lora or rm. Each is made once."""
+    """A short run of the kind that a recipe starts from: sft, sft-lora, rm or a process model. Each is made once."""
     done: dict[str, Path] = {}
-    stages: dict[str, tuple[str, str, Any]] = {
-        "sft": ("sft", "chat", None), "sft-lora": ("sft", "chat", {"r": 16}), "rm": ("train-rm", "pairs", {"r": 16})
-    }  # fmt: skip
+    process = {"name": "step_labels"}
+    stages: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "sft": ("sft", "chat", {"lora": None}),
+        "sft-lora": ("sft", "chat", {}),
+        "rm": ("train-rm", "pairs", {}),
+        "step_labels": ("train-rm", "steps", {"objective": process}),
+        "fine_grained": ("train-rm", "spans", {"objective": process, "data": {"segments": {"by": "sub_sentence"}}}),
+    }
 
     def make(name: str) -> Path:
         if name not in done:
-            stage, kind, lora = stages[name]
+            stage, kind, more = stages[name]
             parent = tiny_model if name == "sft" else make("sft")
-            content = w.recipe(stage, parent, world, kind, world / name, training={"max_steps": 1}, lora=lora)
+            content = w.recipe(
+                stage, parent, world, kind, world / name, **({"training": {"max_steps": 1}, "lora": {"r": 16}} | more)
+            )
             outcome = rehearse(stage, w.save(content, world / f"{name}.yaml"))
             assert outcome.code == 0, outcome.err
             done[name] = world / name
@@ -84,7 +91,7 @@ def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny
         found |= {"ppo.ptx.data": world / "text.jsonl"} if recipe.ppo.ptx else {}
         for i, reward in enumerate(recipe.rewards):
             if reward.run is not None:
-                found[f"rewards.{i}.run"] = start("rm")
+                found[f"rewards.{i}.run"] = start(Path(reward.run).name if reward.place == "steps" else "rm")
     return [f"{key}={value}" for key, value in found.items()]
 
 
@@ -92,6 +99,40 @@ def test_recipes_were_found() -> None:
     assert len(SHIPPED) >= 20
     stages = {read_recipe(str(path), [], None).stage for path in FOUND}
     assert stages == {"sft", "train-rm", "dpo", "orpo", "simpo", "ppo"}
+
+
+def test_every_way_of_ppo_has_a_recipe() -> None:
+    """What people come for, by what the recipes themselves say."""
+    recipes = {name: read_recipe(str(path), [], None) for name, path in SHIPPED.items()}
+    online: dict[str, Any] = {name: r for name, r in recipes.items() if r.stage == "ppo"}
+    ways: dict[str, Callable[[Any], bool]] = {
+        "an answer that is right or wrong, with rloo": lambda r: rules(r) and r.ppo.advantage.name == "rloo",
+        "an answer that is right or wrong, with grpo": lambda r: rules(r) and r.ppo.advantage.name == "grpo",
+        "a cost": lambda r: r.ppo.lagrange is not None and any(one.role == "cost" for one in r.rewards),
+        "fine-grained rewards": lambda r: len(r.rewards) > 1 and any(one.step_value == "sign" for one in r.rewards),
+        "a process reward": lambda r: any(one.place == "steps" for one in r.rewards) and len(r.rewards) == 1,
+        "one trunk": lambda r: r.critic.shared and r.critic.coef == 0.1,
+        "a penalty": lambda r: r.ppo.penalty is not None,
+        "other text": lambda r: r.ppo.ptx is not None,
+        "a critic for what was cut": lambda r: r.ppo.truncation == "bootstrap",
+        "a reference that moves": lambda r: r.ppo.reference_update is not None,
+    }
+    assert [way for way, found in ways.items() if not any(found(r) for r in online.values())] == []
+    seven = [n for n, r in online.items() if "-7b-" in n and r.model.quantization == "nf4"]
+    assert {name.split("-")[-1] for name in seven} == {"12gb.yaml", "24gb.yaml"}
+
+
+def rules(recipe: Any) -> bool:
+    """Whether a number is the reward."""
+    return any(one.rule is not None and one.rule.name == "numeric_answer" for one in recipe.rewards)
+
+
+@pytest.mark.parametrize("name", [name for name, path in SHIPPED.items() if path.parent.name == "recipes"])
+def test_memory_is_not_said_to_be_measured(name: str) -> None:
+    head = [line for line in SHIPPED[name].read_text().splitlines() if line.startswith("#")]
+    (size,) = (part.removesuffix("gb") for part in Path(name).stem.split("-") if part.endswith("gb"))
+    assert f", for {size} GB" in head[1]
+    assert f"# That it fits {size} GB is computed, not measured." in head
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -118,6 +159,14 @@ def test_a_recipe_is_rehearsed(
 
     kept = yaml.safe_load((out / "recipe.yaml").read_text())
     written = recipe.model_dump(mode="json")
+    if recipe.stage == "ppo":
+        shape = ("weight", "role", "place", "step_value", "normalize", "clip", "rule")
+        for reward, asked in zip(kept["rewards"], written["rewards"], strict=True):
+            assert {key: reward[key] for key in shape} == {key: asked[key] for key in shape}
+        size = {"mini_batches", "ptx"}
+        assert {k: v for k, v in kept["ppo"].items() if k not in size} == {
+            k: v for k, v in written["ppo"].items() if k not in size
+        }
     same = ("objective", "logging", "checkpoint", "seed", "critic")
     assert [key for key in same if kept.get(key) != written.get(key)] == []
     asked = plain.get("lora") or {}  # the rest comes from the adapter, where the recipe starts from one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,13 @@ class Settings(BaseModel):
     """A block of a recipe: unknown keys refused, no silent conversion, the string under a field is its help."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    def refuse_unread(self, keys: Sequence[str], key: str, value: str) -> None:
+        """Raise ValueError for the first of `keys` that was changed although nothing reads it: `key` is not `value`."""
+        given = getattr(self, key)
+        for unread in () if given == value else keys:
+            if getattr(self, unread) != type(self).model_fields[unread].default:
+                raise ValueError(f"{unread} is only read with {key}: {value}, and {key} is {given}")
 
 
 @dataclass(frozen=True)

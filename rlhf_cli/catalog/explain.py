@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from rlhf_cli.catalog.entries import NEEDS, Controller, Data, Entry, Estimator, Head, Need, Objective, Settings
+from rlhf_cli.catalog.rules import Rule
 
-Named = Objective | Estimator | Controller
+Named = Objective | Estimator | Controller | Rule
 PARTS = ("Symbols", "Source", "Step 0", "Traps")
 DATA: dict[Data, str] = {
     "demonstration": "demonstrations: conversations, prompts with a completion, or plain text",
@@ -52,8 +53,9 @@ SHARED: dict[type[Named], dict[str, str]] = {
         "G": "sum of a completion's token rewards from token t on, discounted by gamma a token",
     },
     Controller: {"KL": "KL to the reference in nats, summed over a completion, mean over the rollout"},
+    Rule: {"s": "score of a completion"},
 }
-"""Symbols of formulas that stand for the same in all objectives with a reference, all estimators, all controllers."""
+"""Symbols of formulas that stand for the same in all objectives with a reference, in all entries of another kind."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ def needs_of(entry: Named) -> list[str]:
         return [*(f"{NEEDS[n]} ({COLUMNS[n]})" if n in COLUMNS else NEEDS[n] for n in entry.needs), *head]
     if isinstance(entry, Controller):
         return [NEEDS["reference"]]
+    if isinstance(entry, Rule):
+        return [f"the column of the data that `{entry.reads}` names"] if entry.reads else []
     return [
         *(["a critic"] if entry.critic else []),
         *([f"at least {entry.group} completions of each prompt"] if entry.group > 1 else []),
@@ -186,6 +190,8 @@ def recipe_of(entry: Named) -> dict[str, Any]:
         return {"stage": entry.stage, "objective": block}
     if isinstance(entry, Controller):
         return {"stage": "ppo", "ppo": {"kl": block}}
+    if isinstance(entry, Rule):
+        return {"stage": "ppo", "rewards": [{"rule": block}]}
     rollout = {"rollout": {"completions_per_prompt": entry.group}} if entry.group > 1 else {}
     return {"stage": "ppo", **rollout, "ppo": {"advantage": block}}
 
@@ -209,6 +215,8 @@ def allowed(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return allowed(inner, [m for e in extra for m in getattr(e, "metadata", [e])])
     if get_origin(annotation) is Literal:
         return ", ".join(get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {allowed(get_args(annotation)[0])}"
     if kinds := get_args(annotation):
         return " or ".join(allowed(kind, metadata) for kind in kinds)
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in SIGNS for m in metadata if hasattr(m, name)]

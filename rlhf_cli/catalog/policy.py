@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_cli.catalog.entries import Controller, Estimator, NonNegative, Positive, Settings, Share
 
@@ -28,6 +28,11 @@ class Reinforce(Settings):
     """Each token gets the rewards from it on, or those of the whole completion."""
     baseline: Literal["none", "batch"] = "batch"
     """Subtracted: nothing, or the mean over the completions of the rollout of what is credited to their first token."""
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Reinforce:
+        self.refuse_unread(("gamma",), "credit", "to_go")
+        return self
 
 
 class ReinforcePlusPlus(Settings):

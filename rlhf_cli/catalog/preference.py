@@ -97,6 +97,11 @@ class FDPO(Beta):
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Order of the alpha-divergence; only read with `divergence: alpha`."""
 
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> FDPO:
+        self.refuse_unread(("alpha",), "divergence", "alpha")
+        return self
+
 
 class SPPO(Settings):
     beta: Positive = 1e-3

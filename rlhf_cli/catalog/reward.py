@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_cli.catalog.entries import NonNegative, Objective, Positive, Settings
 
@@ -30,6 +30,11 @@ class Regression(Settings):
     """Squared error, or squared near the target and linear far from it."""
     delta: Positive = 1.0
     """Where huber turns linear; only read with `loss: huber`."""
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Regression:
+        self.refuse_unread(("delta",), "loss", "huber")
+        return self
 
 
 class Cost(Settings):

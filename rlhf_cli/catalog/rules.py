@@ -111,6 +111,8 @@ class Rule(Entry):
     """A score that needs no model. All are functions of a `rollouts.rewards.Rollout`."""
 
     settings: type[Settings]
+    reads: str | None = None
+    """The setting that names the column of the data it compares with."""
 
 
 _M = "rollouts.rules"
@@ -120,6 +122,6 @@ RULES: tuple[Rule, ...] = (
     Rule("stop", f"{_M}:stop", "Whether the completion ended by itself", Stop),
     Rule("regex", f"{_M}:regex", "Whether the completion matches a regular expression", Regex),
     Rule("numeric_answer", f"{_M}:numeric_answer", "Whether the number it ends on equals the one in the data",
-         NumericAnswer),
+         NumericAnswer, reads="column"),
     Rule("words", f"{_M}:words", "Words of one list less words of another", Words),
 )  # fmt: skip

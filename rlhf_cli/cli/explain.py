@@ -10,7 +10,19 @@ from typing import Any
 
 import yaml
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, STAGES, Data, Entry, Objective, Stage, objectives_of
+from rlhf_cli.catalog import (
+    CONTROLLERS,
+    ESTIMATORS,
+    OBJECTIVES,
+    REWARDS,
+    STAGES,
+    Data,
+    Entry,
+    Objective,
+    Rule,
+    Stage,
+    objectives_of,
+)
 from rlhf_cli.catalog.explain import (
     DATA,
     Named,
@@ -26,7 +38,7 @@ from rlhf_cli.errors import RecipeError, did_you_mean
 Line = tuple[str, str]
 """Text and its style."""
 TITLE = "bold cyan"
-ENTRIES: dict[str, Named] = {**OBJECTIVES, **ESTIMATORS, **CONTROLLERS}
+ENTRIES: dict[str, Named] = {**OBJECTIVES, **ESTIMATORS, **CONTROLLERS, **REWARDS}
 FIRST = ("prompt", "messages", "conversations", "instruction")
 """Columns that are named before the others."""
 WIDEST = 100
@@ -39,7 +51,7 @@ def explanation(name: str) -> dict[str, Any]:
     known = (*ENTRIES, *STAGES)
     if name not in known:
         hint = did_you_mean(name, known) or "`rlhf list` shows all names"
-        raise RecipeError(f"there is no objective, estimator, controller or command called '{name}'", hint=hint)
+        raise RecipeError(f"there is no objective, estimator, controller, rule or command called '{name}'", hint=hint)
     return {
         "name": name,
         **({"entry": described(ENTRIES[name])} if name in ENTRIES else {}),
@@ -48,7 +60,7 @@ def explanation(name: str) -> dict[str, Any]:
 
 
 def described(entry: Named) -> dict[str, Any]:
-    """An objective, estimator or controller as plain data."""
+    """An objective, estimator, controller or rule as plain data."""
     module, attribute = entry.path.split(":")
     return {
         "kind": kind_of(entry),
@@ -67,6 +79,8 @@ def kind_of(entry: Entry) -> str:
     """What sort of name it is."""
     if isinstance(entry, Objective):
         return "objective"
+    if isinstance(entry, Rule):
+        return "reward rule"
     return "advantage estimator" if entry.name in ESTIMATORS else "KL controller"
 
 
@@ -86,7 +100,11 @@ def offers(stage: Stage) -> dict[str, list[Named]]:
     objectives: list[Named] = [*objectives_of(stage.name)]
     if objectives:
         return {"objectives": objectives}
-    return {"advantage estimators": [*ESTIMATORS.values()], "KL controllers": [*CONTROLLERS.values()]}
+    return {
+        "advantage estimators": [*ESTIMATORS.values()],
+        "KL controllers": [*CONTROLLERS.values()],
+        "reward rules": [*REWARDS.values()],
+    }
 
 
 def _command(stage: Stage) -> dict[str, Any]:
@@ -145,7 +163,7 @@ def formula_lines(formula: str) -> list[str]:
 
 def _setting_lines(settings: list[dict[str, Any]], width: int) -> Iterator[str]:
     for setting in settings:
-        yield f"  {setting['name']}: {plain(setting['default'])}   ({setting['allowed']})"
+        yield from _hang([f"{setting['name']}: {plain(setting['default'])}   ({setting['allowed']})"], width)
         yield from _fill(setting["help"], width, 6)
 
 
@@ -182,7 +200,7 @@ def name_lines(entries: dict[str, str], width: int) -> Iterator[str]:
 
 def plain(value: Any) -> str:
     """A value as YAML has it."""
-    return str(yaml.safe_dump(value, width=1000)).removesuffix("...\n").strip()
+    return str(yaml.safe_dump(value, width=1000, default_flow_style=True)).removesuffix("...\n").strip()
 
 
 def _section(title: str, lines: Iterable[str], style: str = "") -> Iterator[Line]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, STAGES, Objective
+from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, REWARDS, STAGES, Objective
 from rlhf_cli.catalog.explain import Named, settings_of
 from rlhf_cli.cli.explain import name_lines, offers
 from rlhf_cli.errors import DataError, ModelError, Problem, RecipeError, RlhfError
@@ -44,6 +44,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             _plain(e) | {"critic": e.critic, "group": e.group, "greedy": e.greedy} for e in ESTIMATORS.values()
         ],
         "controllers": [_plain(c) for c in CONTROLLERS.values()],
+        "rules": [_plain(r) | {"reads": r.reads} for r in REWARDS.values()],
     }
 
 

@@ -33,6 +33,11 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
             "lora",
             "add `lora: {}` to go on training it",
         )
+    if recipe.stage != "train-rm" and (text.path.run or {}).get("stage") == "train-rm":
+        display.warn(
+            f"model.name_or_path: {settings.name_or_path} was trained to judge (rlhf train-rm), not to write: "
+            f"a policy usually starts from an sft run"
+        )
     base = load_base(text.source, settings, trained=lora is None, revision=text.revision)
     check_vocabulary(base, text)
     check_logits(base)

@@ -134,10 +134,11 @@ class PPORecipe(Recipe):
             raise ValueError(
                 f"ppo.whiten_rewards shifts what ppo.advantage {estimator.name} compares: use gae, or false"
             )
-        critic = self.critic
-        if not estimator.critic and (critic.shared or critic.pretrain_steps):
-            key = "shared" if critic.shared else "pretrain_steps"
-            raise ValueError(f"critic.{key} asks for a critic, and ppo.advantage {estimator.name} has none: use gae")
+        changed = [k for k, f in CriticSettings.model_fields.items() if getattr(self.critic, k) != f.default]
+        if changed and not estimator.critic:
+            raise ValueError(
+                f"critic.{changed[0]} asks for a critic, and ppo.advantage {estimator.name} has none: use gae"
+            )
         costs = [reward.title() for reward in self.rewards if reward.role == "cost"]
         if costs and self.ppo.lagrange is None:
             raise ValueError(f"the reward '{costs[0]}' has role: cost; say how it is held down: ppo.lagrange: {{}}")

@@ -64,6 +64,12 @@ class Scaling:
     """Whether the running mean is subtracted too."""
     clip: float | None = None
 
+    @property
+    def still(self) -> Scaling:
+        """The same without running statistics: a scale on which scores of different steps can be compared. A clip goes
+        with them, since it counts in their units."""
+        return self if self.running is None else Scaling()
+
     def __call__(
         self,
         sequence: np.ndarray,  # (N,)

@@ -85,14 +85,18 @@ class Totals:
     metrics: dict[str, float]
 
 
-def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer, *, learn: bool) -> Totals:
+def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer, *, learn: bool, moving: bool = True) -> Totals:
     """All rewards, each scaled and weighted. A completion that one of them could not score is not valid in any sum.
 
-    learn: running statistics also take in this rollout. Raises ModelError as the rewards do, and when no completion
+    learn: running statistics also take in this rollout. moving: whether they apply; without them scores stay as they
+    are where a recipe asks for such statistics. Raises ModelError as the rewards do, and when no completion
     could be scored; DivergedError for a score that is not finite.
     """
     metrics: dict[str, float] = {}
-    parts = [_scaled(reward, rollout, infer, learn, metrics) for reward in rewards]
+    parts = [
+        _scaled(reward, reward.scaling if moving else reward.scaling.still, rollout, infer, learn, metrics)
+        for reward in rewards
+    ]
     valid = np.logical_and.reduce([part.valid for part in parts])
     if not valid.any():
         none = [reward.name for reward, part in zip(rewards, parts, strict=True) if not part.valid.all()]
@@ -106,14 +110,16 @@ def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer, *, learn: b
     return Totals(sums["reward"], sums["cost"], metrics)
 
 
-def _scaled(reward: Reward, rollout: Rollout, infer: Infer, learn: bool, metrics: dict[str, float]) -> Scores:
+def _scaled(
+    reward: Reward, scaling: Scaling, rollout: Rollout, infer: Infer, learn: bool, metrics: dict[str, float]
+) -> Scores:
     raw = reward(rollout, infer)
     odd = np.flatnonzero(~np.isfinite(raw.totals))
     if len(odd):
         raise DivergedError(f"the score of {rollout.tasks[odd[0]].where} is {raw.totals[odd[0]]}",
                             f"reward {reward.name}",
                             "nothing was learned from it; look at the reward model and that row")  # fmt: skip
-    sequence, tokens, more = reward.scaling(raw.sequence, raw.tokens, raw.valid, learn=learn)
+    sequence, tokens, more = scaling(raw.sequence, raw.tokens, raw.valid, learn=learn)
     scores = Scores(sequence, tokens, raw.valid)
     known = scores.totals[scores.valid]
     figures = {"invalid": float((~scores.valid).sum()), **raw.log, **more}

@@ -1,4 +1,9 @@
-"""Metrics to tensorboard, wandb and trackio, through their own libraries."""
+"""Metrics to tensorboard, wandb and trackio, through their own libraries.
+
+Steps go back when a run is resumed or rolled back, and each library is told so in its way: tensorboard hides what was
+taken back; wandb, whose own counter only grows, draws over a figure `step`; trackio takes any step. The last two show
+what was taken back beside what came after.
+"""
 
 from __future__ import annotations
 
@@ -61,20 +66,31 @@ def open_trackers(names: Sequence[str], run_path: Path, config: dict[str, Any]) 
 def _tensorboard(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run_path / "tensorboard"))
+    folder, opened, newest = str(run_path / "tensorboard"), list[SummaryWriter](), 0
+
+    def close() -> None:
+        while opened:
+            opened.pop().close()
 
     def log(step: int, metrics: dict[str, float]) -> None:
+        nonlocal newest
+        if not opened or step <= newest:
+            close()
+            opened.append(SummaryWriter(folder, purge_step=step))
+        newest = step
         for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
+            opened[0].add_scalar(name, value, step)
 
-    return log, writer.close
+    return log, close
 
 
 def _wandb(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
     import wandb
 
     run = wandb.init(project=PROJECT, name=run_path.name, dir=str(run_path), config=config)
-    return lambda step, metrics: run.log(metrics, step=step), run.finish
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return lambda step, metrics: run.log({**metrics, "step": step}), run.finish
 
 
 def _trackio(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 
 from rlhf_cli.catalog import Data
@@ -72,7 +71,7 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     engine.display.attach(run.path / "run.log")
     run.write_data_report(prepared.report.to_json())
     engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, engine.recipe.model_dump(mode="json"))
-    torch.manual_seed(engine.recipe.seed)
+    snapshot.seed_generators(engine.recipe.seed)
     saved = resume_point(run, engine.display)
     if saved is not None:
         snapshot.restore(engine, saved)

@@ -67,8 +67,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
         return
     roles = load_roles(recipe, checked, text, display)
     learners = roles.learners(recipe)
-    idle = 0 if recipe.critic.shared else recipe.critic.pretrain_steps
-    engine = common.open_engine(recipe, run, display, loader, learners, idle=idle)
+    engine = common.open_engine(recipe, run, display, loader, learners, idle=recipe.critic.pretrain_steps)
     for line in memory_lines(roles.everyone(), [role for role, _ in learners], recipe.training):
         display.note(line)
     ppo = PPO(engine, recipe, roles, text, sampling, ptx)

@@ -51,6 +51,7 @@ def load_roles(recipe: PPORecipe, checked: Sequence[Checked], text: Text, displa
     reference, words = load_reference(policy, text, moves=moving is not None)
     if moving is not None:
         words += f", moved towards the policy by {moving.alpha:g} every {moving.every} rollouts"
+        words += "" if recipe.lora is None else " (the factors of the adapters are mixed, not their products)"
     display.note(f"reference: {words}")
     rewards = open_rewards(checked, recipe.model, policy, text)
     has_critic, costs = ESTIMATORS[recipe.ppo.advantage.name].critic, recipe.ppo.lagrange is not None

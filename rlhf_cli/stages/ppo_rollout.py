@@ -68,7 +68,8 @@ class Roller:
         self.clock = Clock()
 
     def roll_out(self, tasks: list[Task], samples: list[Sample], each: int, seed: int, *, train: bool) -> Rolled:
-        """`each` completions of the prompts. Raises ModelError when none of them has a score."""
+        """`each` completions of the prompts; without `train`, their scores are on a scale that does not move. Raises
+        ModelError when none of them has a score."""
         roles, sampling, infer = self.roles, self.sampling, self.engine.infer
         prompts = [s.prompt for s in samples]
         critic, cost_critic = (roles.critic, roles.cost_critic) if train else (None, None)
@@ -80,7 +81,7 @@ class Roller:
                 cost_critic=cost_critic, around=train and self.settings.truncation == "bootstrap",
             )  # fmt: skip
         with self.clock("score"):
-            totals = total(roles.rewards, experience.rollout, infer, learn=train)
+            totals = total(roles.rewards, experience.rollout, infer, learn=train, moving=train)
         rolled = self._rolled(experience, totals)
         valid = torch.from_numpy(totals.reward.valid)  # the same for the cost
         if train and self.wants_greedy:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from torch import Tensor
 
@@ -23,7 +26,7 @@ from rlhf_cli.stages.ppo_losses import (
 )
 from rlhf_cli.stages.ppo_roles import Roles
 from rlhf_cli.stages.ppo_setup import Ptx
-from rlhf_cli.train.engine import Engine
+from rlhf_cli.train.engine import Engine, Learner
 
 
 class Updates:
@@ -58,14 +61,16 @@ class Updates:
         return means
 
     def pretrain(self, lesson: Lesson, seed: int) -> dict[str, float]:
-        """The same passes for the critics alone, their change not clipped."""
+        """The same passes for the critics alone, their change not clipped. The schedule of the policy has not begun: a
+        value head on its trunk learns at the peak rate."""
         history = []
         for chunk in self._chunks(lesson, seed):
             if self.critics:
                 history.append(self._criticise(lesson, chunk, None))
                 continue
             samples, divisors = self._taken(lesson, chunk)
-            out = self.engine.update(self.policy, samples, head_loss(self.policy, lesson, chunk), divisors)
+            with _at_peak(self.engine.learners[self.policy.name]):
+                out = self.engine.update(self.policy, samples, head_loss(self.policy, lesson, chunk), divisors)
             history.append({k: v for k, v in out.items() if k not in ("loss", "grad_norm")})
         return _means(history)
 
@@ -89,12 +94,7 @@ class Updates:
             else policy_loss(self.policy, self.settings, lesson, chunk, coefficients)
         )
         also = self.ptx.next(self.policy) if self.ptx else None
-        out = self.engine.update(self.policy, samples, loss, divisors, also=also)
-        metrics = out | {"loss/policy": out["loss"]}
-        if self.ptx is not None:
-            metrics["loss/policy"] -= self.ptx.coef * out["loss/ptx"]
-        if shared:
-            metrics["loss/policy"] -= self.critic_settings.coef * sum(out[n] for n, _ in VALUE_METRICS if n in out)
+        metrics = self.engine.update(self.policy, samples, loss, divisors, also=also)
         return metrics | self._criticise(lesson, chunk, self.settings.value_clip)
 
     def _criticise(self, lesson: Lesson, chunk: np.ndarray, value_clip: float | None) -> dict[str, float]:
@@ -115,6 +115,20 @@ class Updates:
             policy, experience.rollout.samples, lambda b: policy.logp(b, lesson.temperature, statistics="none").logp
         )
         return float(masked_mean(k3(experience.logp, pad(now)[0]), experience.mask))
+
+
+@contextmanager
+def _at_peak(learner: Learner) -> Iterator[None]:
+    """The peak learning rates inside, those of the schedule again afterwards."""
+    groups = learner.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group, peak in zip(groups, learner.scheduler.base_lrs, strict=True):
+        group["lr"] = peak
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _means(history: list[dict[str, float]]) -> dict[str, float]:

@@ -42,8 +42,8 @@ class Losses(NamedTuple):
 
     sums: dict[str, Tensor]
     """By unit: a scalar, summed over the micro-batch, with gradient."""
-    metrics: dict[str, tuple[Tensor, float]]
-    """By name: a sum without gradient and the count it is to be divided by, over the step."""
+    metrics: Mapping[str, tuple[Tensor, float | str]]
+    """By name: a sum without gradient and what it is divided by, over the step: a count, or a unit of the sums."""
     peaks: Mapping[str, Tensor] = {}
     """By name: a scalar without gradient of which the step's largest counts."""
 
@@ -241,7 +241,7 @@ class Engine:
             sums["loss"] += float(part.detach())
             for name, (value, count) in losses.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-                over[name] = over.get(name, 0.0) + count
+                over[name] = counts[count] if isinstance(count, str) else over.get(name, 0.0) + count
             for name, value in losses.peaks.items():
                 peaks[name] = max(peaks.get(name, -math.inf), float(value))
         if scaler is not None:

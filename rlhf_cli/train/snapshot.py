@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -11,6 +14,13 @@ from rlhf_cli.train import checkpoint
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine
+
+
+def seed_generators(seed: int) -> None:
+    """All generators that a checkpoint keeps: those of Python and numpy too, which a reward function may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:

@@ -43,7 +43,7 @@ TEMPLATE = (
 
 
 def make_world(out: Path, *, wide: bool) -> None:
-    """A random Llama, its tokenizer, pairs, verdicts, demonstrations and prompts."""
+    """A random Llama, its tokenizer; pairs, verdicts, demonstrations and prompts, and the order ours takes them in."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -89,12 +89,18 @@ def make_world(out: Path, *, wide: bool) -> None:
         "demonstrations": [{"messages": p["prompt"] + p["chosen"]} for p in pairs],
         "prompts": [{"prompt": p["prompt"]} for p in pairs],
     }
+    import numpy as np
+
+    from rlhf_cli.data.loader import Loader
+
+    loader = Loader(np.zeros(n, dtype=np.int64), [1.0], BATCH, seed=42)
+    (out / "order.json").write_text(json.dumps([int(i) for _ in range(STEPS) for i in loader.next()]), encoding="utf-8")
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def data_of(job: str) -> str:
-    method = job.split("-")[0]
+    method = job.split("-", maxsplit=1)[0]
     return {"kto": "verdicts", "sft": "demonstrations", "rloo": "prompts"}.get(method, "pairs")
 
 
@@ -122,7 +128,7 @@ def probe(found: dict[str, Any]) -> Any:
 
 def recipe(world: Path, job: str, out: Path) -> dict[str, Any]:
     """The recipe of a job."""
-    method, settings = job.split("-")[0], JOBS[job]
+    method, settings = job.split("-", maxsplit=1)[0], JOBS[job]
     own: dict[str, Any] = {
         "dpo": {"stage": "dpo", "objective": {"name": "dpo", "beta": 0.1}},
         "kto": {"stage": "dpo", "objective": {"name": "kto", "beta": 0.1}},
@@ -183,14 +189,6 @@ def run_ours(world: Path, job: str, out: Path) -> dict[str, Any]:
 # --- the peer --------------------------------------------------------------------------------------------------------
 
 
-def in_our_order(rows: list[Any], batch: int) -> list[Any]:
-    """The rows as our loader deals them, which is a function of the seed alone."""
-    import numpy as np
-
-    order = np.random.Generator(np.random.Philox(key=[42, 0])).permutation(np.arange(len(rows)))
-    return [rows[i] for i in order]
-
-
 def run_peer(world: Path, job: str, out: Path, way: str) -> dict[str, Any]:
     """TRL's trainer for the job. way: plain, precomputed (references) or packed."""
     import torch
@@ -199,9 +197,10 @@ def run_peer(world: Path, job: str, out: Path, way: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
     torch.set_num_threads(1)
-    method, settings = job.split("-")[0], JOBS[job]
+    method, settings = job.split("-", maxsplit=1)[0], JOBS[job]
     rows = [json.loads(line) for line in (world / f"{data_of(job)}.jsonl").read_text(encoding="utf-8").splitlines()]
-    data = Dataset.from_list(in_our_order(rows, BATCH))
+    order = json.loads((world / "order.json").read_text(encoding="utf-8"))
+    data = Dataset.from_list([rows[i] for i in order])
     load: dict[str, Any] = {"dtype": torch.float32}
     if "nf4" in settings:
         load["quantization_config"] = BitsAndBytesConfig(
@@ -225,7 +224,9 @@ def run_peer(world: Path, job: str, out: Path, way: str) -> dict[str, Any]:
     if method != "rloo":
         common["max_length"] = 1024
     arguments = configuration(**common, **more)
-    extra = {"reward_funcs": lambda completions, **_: [len(str(c)) / 1000 for c in completions]} if method == "rloo" else {}
+    extra = (
+        {"reward_funcs": lambda completions, **_: [len(str(c)) / 1000 for c in completions]} if method == "rloo" else {}
+    )
 
     class InOrder(trainer_class):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
@@ -299,7 +300,7 @@ def measured(python: str, side: str, world: Path, job: str, out: Path, way: str,
 
 def compare(job: str, world: Path, out: Path, peer: str, repeats: int) -> None:
     """Turns of both, and a line of the table."""
-    method, settings = job.split("-")[0], JOBS[job]
+    method, settings = job.split("-", maxsplit=1)[0], JOBS[job]
     ways = ("plain",) if "wide" in settings and method != "dpo" else WAYS.get(method, ("plain",))
     ours, theirs = [], {way: [] for way in ways}  # type: ignore[var-annotated]
     for _ in range(repeats):
@@ -344,7 +345,9 @@ def main() -> None:
         return
     if not asked.peer:
         parser.error("--peer is missing: a Python with TRL")
-    print("| work | TRL: CPU s | ours: CPU s | throughput | TRL: peak MiB (idle) | ours: peak (idle) | over idle | losses |")
+    print(
+        "| work | TRL: CPU s | ours: CPU s | throughput | TRL: peak MiB (idle) | ours: peak (idle) | over idle | losses |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for job in asked.jobs or JOBS:
         wide = "wide" in JOBS[job]

@@ -130,3 +130,14 @@ def test_what_a_recipe_asks_for() -> None:
     assert (running.running, running.shift, running.clip) == (Running(), True, 2.0)
     assert scaling_of(RewardSettings(run="rm"), 1.5, 0.5) == Scaling(1.5, 0.5)
     assert scaling_of(RewardSettings(function="a.py:f")) == Scaling()
+
+
+def test_a_scale_that_does_not_move() -> None:
+    """Running statistics and the clip in their units are left out; what is fixed stays."""
+    moving = Scaling(running=Running(), shift=True, clip=0.5)
+    moving(np.array([1.0, 2.0, 3.0, 6.0]), None, ALL, learn=True)
+    given = np.array([7.0, -7.0, 0.0, 0.1])
+    scores, _, figures = moving.still(given, None, ALL, learn=False)
+    assert (scores.tolist(), figures) == (given.tolist(), {})
+    fixed = Scaling(2.0, 4.0, clip=1.0)
+    assert fixed.still is fixed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.data.batch import collate
+from rlhf_cli.data.batch import Batch, collate
 from rlhf_cli.models.roles import Role, RoleError
 from rlhf_cli.stages.ppo_losses import Lesson
 from rlhf_cli.stages.ppo_update import Updates
@@ -96,7 +96,7 @@ def test_a_shared_trunk_runs_and_is_a_plain_policy(toy: Toy, world: Path, costs:
     assert "critic/learning_rate" not in rows[0]
     for row in rows:
         errors = row["loss/value"] + row.get("cost/loss_value", 0.0)
-        assert row["loss"] == pytest.approx(row["loss/policy"] + 0.5 * errors, rel=1e-9)
+        assert row["loss"] == pytest.approx(row["loss/policy"] + 0.5 * errors, rel=1e-5)
     assert rows[0]["val/mean"] == 0.0  # a zero head
     assert rows[1]["val/mean"] != 0.0
     assert ("cost/val/mean" in rows[0]) == costs
@@ -147,10 +147,44 @@ def test_the_policy_waits_for_its_critic(toy: Toy, world: Path, monkeypatch: pyt
     assert [row["objective/kl"] == 0.0 for row in rows] == [True, True, True, True, False]
     assert [row["kl_coef"] for row in rows] == [0.2, 0.2, 0.2, 0.2, 0.1]
     assert rows[3]["policy/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([5e-3] * 4 + [2.5e-3])  # over two steps
     if not shared:
-        assert [row["learning_rate"] for row in rows] == pytest.approx([5e-3] * 4 + [2.5e-3])  # over two steps
         assert rows[4]["critic/learning_rate"] == pytest.approx(1e-2 / 5)
     assert "Warning" not in (run / "run.log").read_text()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_warm_up_comes_after_pre_training(toy: Toy, world: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Of the policy; values learn at once. A trunk that stands still takes no gradient and gives no logits."""
+    seen, pretrain, hidden = watch(monkeypatch), Updates.pretrain, Role.hidden
+    heads, wanted, states = [], [], []
+
+    def spied(self: Updates, lesson: Lesson, seed: int) -> dict[str, float]:
+        def watched(role: Role, batch: Batch) -> Tensor:
+            states.append(hidden(role, batch))
+            return states[-1]
+
+        def unwanted(*_: Any) -> None:
+            wanted.append(1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Role, "hidden", watched)
+            if shared:
+                patch.setattr(Role, "_logp", unwanted)
+            found = pretrain(self, lesson, seed)
+        heads.append(copied(dict((seen[0].roles.critic or seen[0].roles.policy).parameters)))
+        return found
+
+    monkeypatch.setattr(Updates, "pretrain", spied)
+    critic = {"pretrain_steps": 2, "shared": shared}
+    training = {"max_steps": 6, "lr_scheduler": "linear", "warmup_steps": 2}
+    rows = w.metrics(train(content(toy, world, GAE, critic=critic, training=training)))[1:]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0, 0, 0, 2.5e-3, 5e-3, 2.5e-3])
+    assert wanted == []
+    assert {state.requires_grad for state in states} == {not shared}
+    last = [next(tensor for name, tensor in head.items() if name.endswith("head.weight")) for head in heads]
+    assert not torch.equal(last[0], last[1])
+    assert rows[2]["val/mean"] != 0.0
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -175,6 +209,7 @@ STOPPED: dict[str, tuple[int, dict[str, Any]]] = {
     "in pre-training": (2, {"critic": {"pretrain_steps": 3}}),
     "after pre-training": (4, {"critic": {"pretrain_steps": 3}}),
     "in pre-training of a shared trunk": (1, {"critic": {"pretrain_steps": 2, "shared": True}}),
+    "after pre-training of a shared trunk": (3, {"critic": {"pretrain_steps": 2, "shared": True}}),
 }
 
 

@@ -122,23 +122,50 @@ def test_an_update_by_hand(tmp_path: Path, aggregate: str) -> None:
     engine = make_engine(tmp_path / "run", role, 20, packed=True)
     known = engine.infer(role, samples, lambda b: torch.stack(role.logp(b, 0.8)[:2], dim=1))
     ends = {"token": 17, "sequence": 4, "constant": 4 * ROOM}  # of 9 + 5 + 2 + 1 tokens and 4 completions
-    wanted, kl = 0.0, 0.0
+    terms = dict.fromkeys(("policy", "entropy", "penalty", "kl"), 0.0)
     for row in CHUNK:
         for t in range(LENGTHS[row]):
             logp, entropy = known[row][t].tolist()
             moved, a = logp - float(lesson.experience.logp[row, t]), float(lesson.advantages[row, t])
             rho, x = math.exp(moved), logp - float(lesson.experience.reference_logp[row, t])
             surrogate = -min(rho * a, min(max(rho, 0.9), 1.3) * a)
-            one = surrogate - 0.05 * entropy + 0.7 * (rho - 1 - moved) + 0.3 * x * x / 2
-            wanted += one / (LENGTHS[row] if aggregate == "sequence" else 1) / ends[aggregate]
-            kl += x * x / 2 / 17
+            share = 1 / (LENGTHS[row] if aggregate == "sequence" else 1) / ends[aggregate]
+            parts = {"policy": surrogate, "entropy": entropy, "penalty": rho - 1 - moved, "kl": x * x / 2}
+            terms = {name: value + parts[name] * share for name, value in terms.items()}
     settings = PPOSettings(
         aggregate=aggregate, kl_in="loss", clip_low=0.1, clip_high=0.3, entropy_coef=0.05  # type: ignore[arg-type]
     )  # fmt: skip
     loss = policy_loss(role, settings, lesson, CHUNK, Coefficients(0.3, 0.7))
     metrics = engine.update(role, [samples[k] for k in CHUNK], loss, counts(lesson, CHUNK, ROOM))
+    wanted = terms["policy"] - 0.05 * terms["entropy"] + 0.7 * terms["penalty"] + 0.3 * terms["kl"]
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-4)
-    assert metrics["loss/kl"] == pytest.approx(kl, rel=1e-4)
+    for name, value in terms.items():
+        assert metrics[f"loss/{name}"] == pytest.approx(value, rel=1e-4), name
+
+
+def test_which_clip_decides(tmp_path: Path) -> None:
+    """Shares of tokens by the end of the range and by the dual clip; what lies past a completion counts nowhere."""
+    samples, role = make_samples(LENGTHS, 1), full_role(make_base("llama"))
+    lesson = make_lesson(samples)
+    lesson.advantages[0, 1], lesson.advantages[~lesson.experience.mask] = 0.0, math.nan
+    engine = make_engine(tmp_path / "run", role, 20, packed=True)
+    known = engine.infer(role, samples, lambda b: role.logp(b, 0.8).logp)
+    shares = dict.fromkeys(("", "_high", "_low", "_dual"), 0.0)
+    for row in CHUNK:
+        for t in range(LENGTHS[row]):
+            rho = math.exp(float(known[row][t]) - float(lesson.experience.logp[row, t]))
+            a = float(lesson.advantages[row, t])
+            high, low = a > 0 and rho > 1.2, a < 0 and rho < 0.9
+            found = {"": high or low, "_high": high, "_low": low, "_dual": a < 0 and rho > 1.4}
+            shares = {name: value + found[name] / 17 for name, value in shares.items()}
+    assert min(shares.values()) > 0
+    assert shares["_low"] > shares["_high"]
+    for dual in (1.4, None):
+        settings = PPOSettings(clip_low=0.1, clip_high=0.2, dual_clip=dual)
+        loss = policy_loss(role, settings, lesson, CHUNK, Coefficients(0.0, None))
+        metrics = engine.measure(role, [samples[k] for k in CHUNK], loss, counts(lesson, CHUNK, ROOM))
+        wanted = shares if dual else shares | {"_dual": 0.0}
+        assert {name: metrics[f"policy/clipfrac{name}"] for name in wanted} == pytest.approx(wanted)
 
 
 def test_an_update_of_the_critic_by_hand(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def content(toy: Toy, world: Path, ppo: dict[str, Any], name: str = "run", **mor
     return toy("ppo", "prompts", name, **w.merged(settings, more))
 
 
+def explained_loss(row: dict[str, float]) -> float:
+    """The loss of the policy, from its parts."""
+    kl = row["kl_coef"] * row.get("loss/kl", 0.0)
+    return row["loss/policy"] + kl + row.get("policy/penalty_coef", 0.0) * row.get("loss/penalty", 0.0)
+
+
 def test_every_estimator_is_tried() -> None:
     assert {str(m["advantage"]["name"]) for m in METHODS.values()} == set(ESTIMATORS)
 
@@ -74,7 +80,10 @@ def test_a_method_runs(toy: Toy, world: Path, name: str) -> None:
     assert first.get("greedy/completions", 8.0) == 8.0
     assert ("loss/kl" in first) == (settings.get("kl_in") == "loss")
     assert second.get("loss/kl", 1.0) > 0
-    assert first["loss"] == first["loss/policy"]
+    for row in (first, second):
+        assert row["loss"] == pytest.approx(explained_loss(row), rel=1e-5, abs=1e-7)
+        assert row["policy/clipfrac"] == pytest.approx(row["policy/clipfrac_high"] + row["policy/clipfrac_low"])
+        assert ("loss/penalty" in row) == ("penalty" in settings)
     assert (run / "final" / "adapter_config.json").exists()
 
 
@@ -146,7 +155,7 @@ def test_ptx_is_added_to_the_loss(toy: Toy, world: Path) -> None:
     ptx: dict[str, Any] = {"data": {"path": str(world / "text.jsonl"), "limit": 20}, "coef": 3.0, "batch_size": 4}
     run = train(content(toy, world, {"advantage": {"name": "rloo"}, "ptx": ptx}))
     for row in w.metrics(run)[1:]:
-        assert row["loss"] == pytest.approx(row["loss/policy"] + 3 * row["loss/ptx"], rel=1e-9)
+        assert row["loss"] == pytest.approx(row["loss/policy"] + 3 * row["loss/ptx"], rel=1e-5)
         assert row["loss/ptx"] > 0.5
     report = json.loads((run / "data-report.json").read_text())
     assert [(s["split"], s["kept"]) for s in report["sources"]] == [("train", 96), ("eval", 16), ("ptx", 20)]
@@ -223,3 +232,37 @@ def test_check_reads_the_ptx_rows(toy: Toy, world: Path, tmp_path: Path) -> None
     outcome = quick("check", w.save(content, tmp_path / "ptx.yaml"))
     assert outcome.code == 3
     assert "broken.jsonl:2: empty text" in outcome.errors[0]
+
+
+def test_held_out_scores_are_on_a_scale_that_does_not_move(toy: Toy, world: Path) -> None:
+    """In training the running statistics apply, in evaluation they do not: the same text has the same score."""
+    reward = {"function": f"{world / 'reward.py'}:true_reward", "normalize": "running", "clip": 0.5, "weight": 2.0}
+    ppo = {"advantage": {"name": "rloo"}, **UNWHITENED}
+    run = train(content(toy, world, ppo, rewards=[reward], evaluation={"every": 1, "samples": 16}))
+    shown = w.lines(run / "samples.jsonl")
+    assert [row["score"] for row in shown] == pytest.approx([2 * w.true_reward(row["completion"]) for row in shown])
+    rows = w.metrics(run)[-2:]
+    for step, row in enumerate(rows, 1):
+        scores = [one["score"] for one in shown if one["step"] == step]
+        assert row["eval/objective/scores"] == pytest.approx(sum(scores) / 16, abs=1e-6)
+        assert row["eval/rewards/true_reward/mean"] == pytest.approx(sum(scores) / 32, abs=1e-6)
+        assert row["rewards/true_reward/mean"] != pytest.approx(row["rewards/true_reward/raw_mean"], rel=1e-2)
+        assert row["rewards/true_reward/clipped"] > 0
+        assert "eval/rewards/true_reward/clipped" not in row
+
+
+def test_a_policy_that_was_trained_to_judge(toy: Toy, world: Path, tmp_path: Path) -> None:
+    """A reward run that is a language model starts a policy, with a word about it; it goes on as a judge without."""
+    objective = {"name": "two_token", "good": "good", "bad": "bad"}
+    judge = toy("train-rm", "steps", "judge", 16, objective=objective, training={"max_steps": 1})
+    start = {"model": {"name_or_path": str(train(judge))}}
+    again = w.merged(judge, start, {"output_dir": str(tmp_path / "again")})
+    policy = content(toy, world, {"advantage": {"name": "rloo"}}, "policy", training={"max_steps": 1}, **start)
+    said = []
+    for recipe in (again, policy):
+        outcome = quick(recipe["stage"], w.save(recipe, tmp_path / "r.yaml"))
+        assert outcome.code == 0, outcome.err
+        said.append([line for line in outcome.err.splitlines() if "trained to judge" in line])
+    assert said[0] == []
+    (line,) = said[1]
+    assert line.startswith(f"warning: model.name_or_path: {start['model']['name_or_path']} was trained to judge")

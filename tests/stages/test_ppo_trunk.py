@@ -100,7 +100,12 @@ def test_detached_values_leave_the_trunk_to_the_policy(tmp_path: Path) -> None:
     _, cut = one_step(tmp_path / "cut", joint(detach=True))
     _, whole = one_step(tmp_path / "whole", joint(detach=False))
     _, warm = one_step(tmp_path / "warm", lambda role, lesson: head_loss(role, lesson, CHUNK))
+    free = PPOSettings(value_clip=None)
+    alone = CriticSettings(shared=True, detach=True, coef=1.0)
+    _, full = one_step(tmp_path / "full", lambda role, lesson: joint_loss(role, free, alone, lesson, CHUNK, off))
     for name, tensor in cut.items():
+        if name.startswith("value_head"):
+            torch.testing.assert_close(warm[name], full[name], rtol=1e-5, atol=1e-7, msg=name)
         head = name.startswith("value_head")
         torch.testing.assert_close(tensor, (whole if head else plain)[name], rtol=1e-5, atol=1e-7, msg=name)
         assert (float(warm[name].abs().max()) > 0) == head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf_cli.catalog import Positive, Settings
 from rlhf_cli.recipe.settings.blocks import Count, as_list, as_mapping
@@ -66,15 +66,21 @@ class RatingSettings(Settings):
     k: Positive = 32.0
     """Points a game can move; only read with `method: elo`."""
     start: Annotated[float, Field(allow_inf_nan=False)] = 1500.0
-    """Rating before the first game."""
+    """Rating before the first game; only read with `method: elo`."""
     shuffles: Count = 1
-    """Orders of the games that elo is averaged over; 1: the order of the file."""
+    """Orders of the games that elo is averaged over; 1: the order of the file. Only read with `method: elo`."""
     l2: Positive = 0.1
     """Pull towards the mean, so that whoever never lost has a finite rating; only read with `method: bradley_terry`."""
     target: Literal["zscore", "minmax", "logit"] = "zscore"
     """Ratings as targets: mean 0 and deviation 1, between 0 and 1, or in logits around their mean."""
     scope: Literal["dataset", "prompt"] = "dataset"
     """What is scaled together: all ratings, or those of a prompt."""
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> RatingSettings:
+        self.refuse_unread(("k", "start", "shuffles"), "method", "elo")
+        self.refuse_unread(("l2",), "method", "bradley_terry")
+        return self
 
 
 class RewardDataSettings(DataSettings):

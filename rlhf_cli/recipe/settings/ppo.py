@@ -55,7 +55,9 @@ class ReferenceUpdateSettings(Settings):
     every: Count
     """Rollouts between two moves."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """reference <- (1 - alpha) reference + alpha policy; with LoRA the factors of the adapters are mixed."""
+    """reference <- (1 - alpha) reference + alpha policy, tensor by tensor. With LoRA these are the factors A and B,
+    whose product lies -alpha (1 - alpha) (B_policy - B_reference) (A_policy - A_reference) beside the mixture of
+    products."""
 
 
 class PPOSettings(Settings):
@@ -134,9 +136,15 @@ class PPOSettings(Settings):
                 f"truncation bootstrap asks a critic what a cut completion would still have earned, and advantage "
                 f"{self.advantage.name} has none: use gae, or another rule"
             )
-        for key, rule in (("missing_eos_penalty", "penalty"), ("truncated_score", "replace")):
-            if self.truncation != rule and getattr(self, key) != PPOSettings.model_fields[key].default:
-                raise ValueError(f"{key} is only read with truncation: {rule}, and truncation is {self.truncation}")
+        self.refuse_unread(("missing_eos_penalty",), "truncation", "penalty")
+        self.refuse_unread(("truncated_score",), "truncation", "replace")
+        return self
+
+    @model_validator(mode="after")
+    def _values_are_clipped_where_there_are_some(self) -> PPOSettings:
+        plain = PPOSettings.model_fields["value_clip"].default
+        if self.value_clip != plain and not ESTIMATORS[self.advantage.name].critic:
+            raise ValueError(f"value_clip is only read with a critic, and advantage {self.advantage.name} has none")
         return self
 
 
@@ -155,7 +163,7 @@ class CriticSettings(Settings):
     """Keep the gradient of the value loss off the trunk; only read with `shared`."""
     pretrain_steps: Annotated[int, Field(ge=0)] = 0
     """Steps at the start of the run in which the policy stands still and the values are fitted to the returns of its
-    completions (no value_clip, lambda 1)."""
+    completions (no value_clip, lambda 1). The policy's learning-rate schedule starts after them."""
 
     @model_validator(mode="after")
     def _one_trunk_or_two(self) -> CriticSettings:
