@@ -23,31 +23,34 @@ NAME = "rlhf_segments"
 
 @dataclass(frozen=True)
 class Segments:
-    """Where each segment of a packed row lies, and the mask of those that have a parent."""
+    """The segments of a packed row, one behind the other, and the masks of those that have a parent."""
 
-    own: tuple[slice, ...]
-    parent: tuple[slice | None, ...]
+    lengths: tuple[int, ...]
+    parent: tuple[int | None, ...]
+    """Which of them."""
     mask: tuple[Tensor | None, ...]  # (own, parent + own) bool
 
 
 def plan(batch: Batch) -> Segments:
     """The segments of a packed batch, in the order of the row."""
-    own: list[slice] = []
-    parent: list[slice | None] = []
+    lengths: list[int] = []
+    parent: list[int | None] = []
     masks: list[Tensor | None] = []
-    for span in batch.spans:
-        if span.end == span.start:
+    place: dict[int, int] = {}
+    for index, span in enumerate(batch.spans):
+        length = span.end - span.start
+        if not length:
             continue
-        own.append(slice(span.start, span.end))
-        if span.parent < 0:
-            parent.append(None)
-            masks.append(None)
-            continue
-        above = batch.spans[span.parent]
-        length, seen = span.end - span.start, above.end - above.start
-        parent.append(slice(above.start, above.end))
-        masks.append(torch.ones(length, seen + length, dtype=torch.bool, device=batch.ids.device).tril(seen))
-    return Segments(tuple(own), tuple(parent), tuple(masks))
+        place[index] = len(lengths)
+        above = place.get(span.parent)
+        mask = None
+        if above is not None:
+            seen = lengths[above]
+            mask = torch.ones(length, seen + length, dtype=torch.bool, device=batch.ids.device).tril(seen)
+        lengths.append(length)
+        parent.append(above)
+        masks.append(mask)
+    return Segments(tuple(lengths), tuple(parent), tuple(masks))
 
 
 def segment_attention(
@@ -64,26 +67,27 @@ def segment_attention(
     """transformers' attention interface: output (1, L, heads, head size)."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:  # there, with a mask, grouped heads are slow
+        repeat, grouped = query.shape[1] // key.shape[1], False
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"attention by segments knows no {unknown[0]}")
     window, outputs = kwargs.get("sliding_window"), []
-    for own, parent, whole in zip(segments.own, segments.parent, segments.mask, strict=True):
-        k, v = key[:, :, own], value[:, :, own]
+    queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
+    for i, (parent, whole) in enumerate(zip(segments.parent, segments.mask, strict=True)):
+        k, v, mask = keys[i], values[i], whole
         if parent is not None:
-            k, v = torch.cat([key[:, :, parent], k], dim=2), torch.cat([value[:, :, parent], v], dim=2)
-        mask = whole
+            k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
         if window is not None and k.shape[2] > window:
-            mask = _band(own.stop - own.start, k.shape[2], window, query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, own], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+            mask = _band(segments.lengths[i], k.shape[2], window, query.device)
+        seen = F.scaled_dot_product_attention(
+            queries[i], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            enable_gqa=grouped,
+        )  # fmt: skip
+        outputs.append(seen.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

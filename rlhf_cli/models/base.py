@@ -24,6 +24,7 @@ from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
+from rlhf_cli.models.kernels import lighten
 from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.settings.model import ModelSettings
@@ -249,6 +250,8 @@ def load_base(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
+    if settings.kernels == "auto":
+        lighten(model)
     return Base(model, source, _identity(source, model), device, dtype, revision=revision)
 
 

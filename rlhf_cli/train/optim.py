@@ -23,7 +23,7 @@ def make_optimizer(
     adam = {"lr": learning_rate, "betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
     match settings.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, **adam)  # type: ignore[arg-type]
+            return torch.optim.AdamW(groups, fused=True, **adam)  # type: ignore[arg-type]
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=learning_rate)
         case "sgd":

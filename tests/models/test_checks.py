@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,12 @@ def test_an_architecture_without_a_backbone_is_refused() -> None:
 # --- planted faults of attention ---------------------------------------------------------------------------
 
 
+def places(segments: Any) -> list[slice]:
+    """Where each segment lies in the row."""
+    ends = list(accumulate(segments.lengths))
+    return [slice(end - length, end) for end, length in zip(ends, segments.lengths, strict=True)]
+
+
 def everything_sees_everything(query: Any, key: Any, value: Any, segments: Any, scale: Any) -> Any:
     """Causal over the whole row: neighbours leak."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
@@ -87,7 +94,7 @@ def own_segment_only(query: Any, key: Any, value: Any, segments: Any, scale: Any
     """The prompt is forgotten."""
     parts = [
         F.scaled_dot_product_attention(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scale)
-        for s in segments.own
+        for s in places(segments)
     ]
     return torch.cat(parts, dim=2)
 
@@ -95,8 +102,9 @@ def own_segment_only(query: Any, key: Any, value: Any, segments: Any, scale: Any
 def prompt_without_its_last_token(query: Any, key: Any, value: Any, segments: Any, scale: Any) -> Any:
     """One token too few of the prompt."""
     parts = []
-    for own, parent in zip(segments.own, segments.parent, strict=True):
-        above = slice(0, 0) if parent is None else slice(parent.start, parent.stop - 1)
+    for own, parent in zip(places(segments), segments.parent, strict=True):
+        whole = slice(0, 1) if parent is None else places(segments)[parent]
+        above = slice(whole.start, whole.stop - 1)
         k, v = (torch.cat([x[:, :, above], x[:, :, own]], dim=2) for x in (key, value))
         length, seen = own.stop - own.start, above.stop - above.start
         mask = torch.ones(length, seen + length, dtype=torch.bool).tril(seen)
@@ -107,8 +115,8 @@ def prompt_without_its_last_token(query: Any, key: Any, value: Any, segments: An
 def not_causal(query: Any, key: Any, value: Any, segments: Any, scale: Any) -> Any:
     """Completions see their own future."""
     parts = []
-    for own, parent in zip(segments.own, segments.parent, strict=True):
-        above = slice(0, 0) if parent is None else parent
+    for own, parent in zip(places(segments), segments.parent, strict=True):
+        above = slice(0, 0) if parent is None else places(segments)[parent]
         k, v = (torch.cat([x[:, :, above], x[:, :, own]], dim=2) for x in (key, value))
         parts.append(F.scaled_dot_product_attention(query[:, :, own], k, v, scale=scale))
     return torch.cat(parts, dim=2)

@@ -23,6 +23,9 @@ class ModelSettings(Settings):
     """Quantise the frozen base with bitsandbytes; needs `lora`."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto` computes attention segment by segment (packing, shared prompts) where the architecture allows it."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """auto: layers that keep less for the backward pass, where they agree with the architecture's own; reference: the
+    architecture's own."""
     chat_template: str | None = None
     """A file with a Jinja template, or the template itself; default: the tokenizer's."""
     gradient_checkpointing: bool = True
