@@ -28,4 +28,4 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def default_micro_batch_tokens(device: torch.device) -> int:
     """Tokens in memory at once when the recipe says auto; halved on the way when memory runs out."""
-    return 8192 if device.type == "cuda" else 2048
+    return 8192 if device.type == "cuda" else 1024

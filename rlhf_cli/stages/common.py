@@ -90,6 +90,7 @@ def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
 def finish(engine: Engine, save: Callable[[Path], None], prove: Callable[[Path], None] | None = None) -> None:
     """final/ whole or absent, the proof of it, report.html, and DONE last."""
     run = engine.run
+    snapshot.tidy(engine)
     draft = temporary(run.path / "final-new")  # not the name under which `discard` removes an old final/
     try:
         draft.mkdir()

@@ -41,6 +41,7 @@ class Care:
         self._publish()
         if self.doctor.armed and self._target() is None:
             self.engine.save()
+        self.engine.spare = self._spare()
         try:
             self.engine.fit(lambda: self._watched(step))
         except DivergedError as error:

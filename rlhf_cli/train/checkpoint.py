@@ -89,7 +89,7 @@ def save(
             remove_quietly(draft)
             raise
         _publish(draft, target)
-        _retire(folder, target, keep, spare)
+        retire(folder, target, keep, spare)
     except OSError as error:
         raise disk_error(error, f"checkpoint {name} could not be saved", target, _what_remains(folder)) from error
     return target
@@ -141,8 +141,8 @@ def _publish(draft: Path, target: Path) -> None:
         discard(old)
 
 
-def _retire(folder: Path, newest_one: Path, keep: int, spare: int | None) -> None:
-    """Delete all but the newest `keep` and `spare`: those of later steps, those that are not whole, the oldest."""
+def retire(folder: Path, newest_one: Path, keep: int, spare: int | None) -> None:
+    """Delete all but the newest `keep` and `spare`: later steps, those that are not whole, the oldest."""
     step = manifest.step_of(newest_one.name) or 0
     kept = 1
     for path in manifest.listed(folder):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from rlhf_cli.runs.files import disk_error
+from rlhf_cli.runs.metrics import HINT
 from rlhf_cli.train import checkpoint
 
 if TYPE_CHECKING:
@@ -49,6 +51,15 @@ def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
     tensors["random"], state["random"] = checkpoint.random_state()
     keep = engine.recipe.checkpoint.keep
     checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep, engine.spare)
+
+
+def tidy(engine: Engine) -> None:
+    """Delete what a death after the last save left undeleted. Raises ModelError when the disk refuses."""
+    last = engine.run.checkpoints / f"step-{engine.step:06d}"
+    try:
+        checkpoint.retire(last.parent, last, engine.recipe.checkpoint.keep, engine.spare)
+    except OSError as error:
+        raise disk_error(error, "old checkpoints cannot be deleted", last.parent, HINT) from error
 
 
 def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:

@@ -258,7 +258,7 @@ def test_devices_and_dtypes() -> None:
         assert pick_device() == CPU
     assert compute_dtype("auto", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
-    assert default_micro_batch_tokens(CPU) == 2048
+    assert default_micro_batch_tokens(CPU) == 1024
 
 
 def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ MOMENTS = {
     "before anything": (rollback, "_set_aside"),
     "before the checkpoint": (snapshot, "scale_rates"),
     "while it is written": (checkpoint, "_publish"),
-    "before later ones are deleted": (checkpoint, "_retire"),
+    "before later ones are deleted": (checkpoint, "retire"),
     "before the files are cut": (rollback, "Lines"),
     "before it goes on": (Engine, "set_out"),
 }
