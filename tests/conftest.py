@@ -17,6 +17,7 @@ import rlhf_cli.recipe.schema  # noqa: F401  early: pydantic reads docstrings te
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RLHF_CACHE"] = ""  # no test finds what another one left
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -53,7 +53,10 @@ LOSS = (
     ),
     Planted(
         "new log-probabilities on another path than the old",
-        (("stages/ppo_losses.py", "said = policy.logp(batch, lesson.temperature)", "said = policy.logp(batch)"),),
+        (
+            ("stages/ppo_losses.py", "said = policy.logp(batch, lesson.temperature, statistics",
+             "said = policy.logp(batch, statistics"),
+        ),
         (f"{STEPPED}test_the_first_ratio_is_one[full-True]", f"{STEPPED}test_the_first_ratio_is_one[lora-False]"),
         usual=True,
     ),

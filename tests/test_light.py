@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,28 @@ code = run_command_line(sys.argv[1:])
 loaded = [name for name in {heavy!r} if name in sys.modules]
 assert not loaded, loaded
 sys.exit(code)
+"""
+UNUSED = (
+    "torch._inductor.compile_fx", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "rich", "tensorboard",
+)  # fmt: skip
+"""What a plain run, without LoRA and quantisation and on local files, has no use for before its first step."""
+TRAINS = """
+import os, sys
+from rlhf_cli.cli import app
+from rlhf_cli.catalog.entries import Entry
+plain = Entry.load
+def load(entry):
+    found = plain(entry)
+    from rlhf_cli.train.engine import Engine
+    Engine.tick = stop
+    return found
+def stop(engine, metrics):
+    print(sorted(name for name in {unused!r} if name in sys.modules))
+    print(metrics["loss"], flush=True)
+    os._exit(0)
+Entry.load = load
+sys.argv[0] = "rlhf"
+app.main()
 """
 
 
@@ -88,3 +111,47 @@ def test_modules_below_the_torch_line(package: str) -> None:
     program = f"{imports}; import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of one layer, and rows for two stages."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("world")
+    words = ["<pad>", "</s>", "<unk>", "yes", "no", "why", "so"]
+    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": "why so", "chosen": f"yes {word}", "rejected": "no"} for word in words[3:]]
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    for name, lines in (("dpo", rows), ("sft", demonstrations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "lora"), [("sft", False), ("dpo", False), ("dpo", True)])
+def test_a_run_imports_what_it_uses(stage: str, lora: bool, world: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({
+        "stage": stage, "model": str(world / "model"), "lora": {} if lora else None,
+        "output_dir": str(tmp_path / "run"),
+        "data": {"train": str(world / f"{stage}.jsonl"), "max_length": 16}, "evaluation": {"samples": 0},
+        "training": {"learning_rate": 0.001, "batch_size": 4, "max_steps": 1},
+        **({"objective": {"name": "dpo"}} if stage == "dpo" else {}),
+    }))  # fmt: skip
+    program = TRAINS.format(unused=UNUSED)
+    done = subprocess.run(
+        [sys.executable, "-c", program, stage, str(recipe)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, loss = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert float(loss) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -145,3 +146,11 @@ def together(errors: Sequence[RlhfError]) -> RlhfError:
 def silence_stdout() -> None:
     """Send what is still to be written to a reader who left to nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def watch_garbage() -> None:
+    """The imports are done, if this process put garbage collection off for them: what they made stays for good, so no
+    later collection needs to walk through it."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

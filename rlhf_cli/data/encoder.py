@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rlhf_cli.errors import ModelError
@@ -48,19 +49,23 @@ class Encoder:
             return ids
         # The vocabulary holds the spelling as an ordinary word: break it after its first character.
         out: list[int] = []
-        for piece in re.split(f"({self.pattern})", text):
+        for piece in re.split(f"({self.pattern.pattern})", text):
             for part in (piece[:1], piece[1:]) if piece in self.control else (piece,):
                 out += self._encode(part, [*before, *out], literal=True) if part else []
         return out
 
     def forbidden(self, ids: Sequence[int]) -> bool:
         """Whether a control token is among the ids."""
-        return not set(self.control.values()).isdisjoint(ids)
+        return not self._controls.isdisjoint(ids)
 
-    @property
-    def pattern(self) -> str:
+    @cached_property
+    def _controls(self) -> frozenset[int]:
+        return frozenset(self.control.values())
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
         """Regular expression for the spellings of the control tokens, longest first."""
-        return "|".join(re.escape(s) for s in sorted(self.control, key=len, reverse=True)) or r"(?!)"
+        return re.compile("|".join(re.escape(s) for s in sorted(self.control, key=len, reverse=True)) or r"(?!)")
 
     def _encode(self, text: str, before: Sequence[int], literal: bool) -> list[int]:
         whole = _run(self.whole, text, literal)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -144,9 +144,14 @@ class Template:
         if self.chat is None:
             raise DataError(NO_TEMPLATE, where, NO_TEMPLATE_HINT)
         try:
-            return render(self.tokenizer, self.chat, messages, ask)
+            return self._rendered(tuple(messages), ask)
         except TemplateError as error:
             raise DataError(f"the chat template refuses these messages: {error}", where) from None
+
+    @cached_property
+    def _rendered(self) -> Callable[[tuple[Message, ...], bool], str]:
+        """`render` with a short memory: the completions of a prompt ask for it again."""
+        return lru_cache(maxsize=8)(partial(render, self.tokenizer, self.chat or ""))
 
     def _before(self, prompt: Prompt, where: str = "") -> list[int]:
         """The prompt's ids where they decide how a completion begins; most tokenizers do not look at them."""
@@ -172,15 +177,13 @@ class Template:
     def _protect(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
         """Messages with each special token that is spelled out in a content replaced by a private character, and the
         table to undo it."""
-        spelled = sorted({s for m in messages for s in re.findall(self.encoder.pattern, m.content)})
+        spelled = sorted({s for m in messages for s in self.encoder.pattern.findall(m.content)})
         if not spelled:
             return list(messages), {}
         used = {c for m in messages for c in m.content}
         free = (chr(c) for c in PRIVATE if chr(c) not in used)
         mark = dict(zip(spelled, free, strict=False))
-        changed = [
-            Message(m.role, re.sub(self.encoder.pattern, lambda found: mark[found[0]], m.content)) for m in messages
-        ]
+        changed = [Message(m.role, self.encoder.pattern.sub(lambda found: mark[found[0]], m.content)) for m in messages]
         return changed, {v: k for k, v in mark.items()}
 
     def _encode(self, text: str, hidden: dict[str, str], before: Sequence[int]) -> list[int]:
@@ -224,7 +227,17 @@ class Template:
 
     def _ends(self, text: str, content: str) -> bool:
         """Whether the end token follows the content. A template may write one for other turns only."""
-        return re.search(re.escape(content) + r"\s*" + re.escape(self.end_text), text) is not None
+        at = text.find(content)
+        while at >= 0:
+            if self._tail.match(text, at + len(content)):
+                return True
+            at = text.find(content, at + 1)
+        return False
+
+    @cached_property
+    def _tail(self) -> re.Pattern[str]:
+        """Blanks and the end token."""
+        return re.compile(r"\s*" + re.escape(self.end_text))
 
 
 def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Sequence[int] = ()) -> Template:

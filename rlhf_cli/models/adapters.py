@@ -1,14 +1,19 @@
-"""LoRA adapters by name on a shared base: made, copied, read and written. models/roles.py decides which one is on."""
+"""LoRA adapters by name on a shared base: made, copied, read and written. models/roles.py decides which one is on.
+
+peft is imported when the first adapter is wanted: runs without LoRA have no use for it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,22 +22,47 @@ from rlhf_cli.models.base import Base
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.settings.model import LoraSettings
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 WEIGHTS = "adapter_model.safetensors"
 SCORE_LAYER = "base_model.model.score"
 SCORE = f"{SCORE_LAYER}.weight"
 """Where peft keeps the scalar head of a sequence classifier."""
+COMPILER_OFF = "TORCHDYNAMO_DISABLE"
+"""The variable that makes torch.compile give functions back as they are."""
+
+
+def load_peft() -> ModuleType:
+    """peft. It imports bitsandbytes, which wraps functions by torch.compile as it is imported and so brings the
+    compiler: more than a second for nothing, since who computes with bitsandbytes has imported it before."""
+    if "peft" in sys.modules or "bitsandbytes" in sys.modules:
+        import peft
+
+        return peft
+    before = os.environ.get(COMPILER_OFF)
+    os.environ[COMPILER_OFF] = "1"
+    try:
+        import peft
+    finally:
+        if before is None:
+            del os.environ[COMPILER_OFF]
+        else:
+            os.environ[COMPILER_OFF] = before
+    return peft
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
     """peft's configuration of a fresh adapter."""
-    return LoraConfig(
+    config: LoraConfig = load_peft().LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
     )
+    return config
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -52,7 +82,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"tensor {name} holds NaN or infinite numbers", str(folder / WEIGHTS))
     try:
-        return LoraConfig.from_pretrained(str(folder)), tensors
+        return load_peft().LoraConfig.from_pretrained(str(folder)), tensors
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(f"no usable adapter_config.json: {_first_line(error)}", str(folder)) from error
 
@@ -71,7 +101,7 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
     config.task_type = None
     try:
         if base.peft is None:
-            base.peft = get_peft_model(base.model, config, adapter_name=name)  # type: ignore[assignment]
+            base.peft = load_peft().get_peft_model(base.model, config, adapter_name=name)
         else:
             base.peft.add_adapter(name, config)
     except (ValueError, TypeError, KeyError, RuntimeError, re.error) as error:
@@ -111,13 +141,16 @@ def _fill(base: Base, name: str, tensors: dict[str, Tensor]) -> None:
                 f"the adapter does not fit the base {base.source}: {key} is {tuple(tensor.shape)}, "
                 f"not {tuple(wanted[key].shape)}", key,
             )  # fmt: skip
-    set_peft_model_state_dict(base.peft, tensors, adapter_name=name)
+    load_peft().set_peft_model_state_dict(base.peft, tensors, adapter_name=name)
 
 
 def adapter_tensors(base: Base, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter under peft's file names. Views, not copies."""
     assert base.peft is not None
-    return get_peft_model_state_dict(base.peft, adapter_name=name, save_embedding_layers=False)
+    tensors: dict[str, Tensor] = load_peft().get_peft_model_state_dict(
+        base.peft, adapter_name=name, save_embedding_layers=False
+    )
+    return tensors
 
 
 def adapter_parameters(base: Base, name: str) -> list[tuple[str, torch.nn.Parameter]]:
@@ -129,7 +162,7 @@ def adapter_config(base: Base, name: str) -> LoraConfig:
     """peft's configuration of an adapter."""
     assert base.peft is not None
     config = base.peft.peft_config[name]
-    assert isinstance(config, LoraConfig)
+    assert isinstance(config, load_peft().LoraConfig)
     return config
 
 

@@ -19,6 +19,9 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.runs.display import Display
 
+PLAIN_OPTIMIZERS = ("adamw", "adafactor", "sgd")
+"""Those that do not come from bitsandbytes."""
+
 
 def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool = False) -> Role:
     """The role that is trained: the whole base, a fresh adapter, or a copy of the adapter the recipe starts from.
@@ -48,6 +51,8 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     if not base.packed and recipe.training.layout == "auto":
         display.note("attention by segments does not fit this model: sequences are padded instead of packed")
     torch.manual_seed(recipe.seed)
+    if recipe.training.optimizer not in PLAIN_OPTIMIZERS:
+        import bitsandbytes  # noqa: F401  (before peft imports it without the compiler)
     if lora is None:
         role = Role("policy", base, trained=True)
     elif starts_from_adapter:

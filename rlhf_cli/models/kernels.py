@@ -115,8 +115,9 @@ def _same(module: nn.Module, lighter: type[nn.Module]) -> bool:
     """Whether both give the same values and gradients on made-up numbers."""
     weight = getattr(module, "weight", None)
     width = int(module.gate_proj.in_features if weight is None else len(weight))  # type: ignore[union-attr, arg-type]
-    like = next(p for p in module.parameters() if p.is_floating_point())
-    x = torch.linspace(-2.0, 3.0, 3 * width, device=like.device).sin().view(3, width).to(like.dtype).requires_grad_()
+    like = next(iter(module.parameters()))
+    dtype = like.dtype if like.is_floating_point() else torch.float32  # quantised weights are packed in integers
+    x = torch.linspace(-2.0, 3.0, 3 * width, device=like.device).sin().view(3, width).to(dtype).requires_grad_()
     tensors = [x] if weight is None else [x, weight]
     known = [tensor.requires_grad for tensor in tensors]
     try:

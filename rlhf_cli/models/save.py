@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -145,5 +144,5 @@ def open_reward(
         quantized = {"quantization_config": settings, "device_map": {"": device}}
     model = kind.from_pretrained(base, num_labels=len(labels) or 1, pad_token_id=pad_id(text), dtype=dtype, **quantized)
     keep_4bit_layout(model)
-    opened = PeftModel.from_pretrained(model, str(folder)).eval()
+    opened: torch.nn.Module = adapters.load_peft().PeftModel.from_pretrained(model, str(folder)).eval()
     return opened if quantized else opened.to(device)

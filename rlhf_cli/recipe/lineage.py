@@ -28,6 +28,7 @@ _FREE = (
     "training.layout",
     "model.gradient_checkpointing",
     "rollout.max_batch",
+    "reference_cache",
     "doctor",
 )
 """Keys that cannot change what a step computes. `doctor` decides when to stop and what to undo, and may change when a
@@ -88,12 +89,12 @@ def inputs(recipe: Recipe) -> dict[str, str]:
     reference = getattr(recipe, "reference", None)
     if reference is not None:
         found.update(_model(reference, None))
-    for reward in getattr(recipe, "rewards", []):
+    for i, reward in enumerate(getattr(recipe, "rewards", [])):
         if reward.run is not None:
             found.update(_model(reward.run, None))
         if reward.function is not None:
-            path = reward.function.rpartition(":")[0]
-            found[path] = _function_file(path)
+            path = function_file(reward.function, f"rewards.{i}.function")
+            found[reward.function.rpartition(":")[0]] = _file(path)
     return found
 
 
@@ -154,12 +155,6 @@ def _file(path: Path) -> str:
         return f"sha256:{sha256(path)}"
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _function_file(path: str) -> str:
-    if not Path(path).is_file():
-        raise RecipeError("no such file", where=f"rewards function {path}", hint=similar(Path(path)))
-    return _file(Path(path))
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

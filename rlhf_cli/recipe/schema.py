@@ -86,6 +86,9 @@ class DPORecipe(Recipe):
     """Which objective, and its settings; or `{terms: [...]}`, several with weights."""
     reference: str | None = None
     """Another frozen model as reference; null: the model the policy starts from."""
+    reference_cache: Literal["auto", "off"] = "auto"
+    """auto: the reference's log-probabilities are kept for later runs on the same data and weights, in the folder
+    RLHF_CACHE (default: rlhf in the user's cache), and taken from there. off: neither. Never changes the result."""
 
 
 class ORPORecipe(Recipe):
@@ -115,6 +118,20 @@ class PPORecipe(Recipe):
     """The value model; only estimators that read values have one (gae)."""
     doctor: TripwireSettings = TripwireSettings()
     """Watches training: findings in plain words, and what they set off."""
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> PPORecipe:
+        if self.evaluation.max_new_tokens != type(self.evaluation).model_fields["max_new_tokens"].default:
+            raise ValueError(
+                "evaluation.max_new_tokens is not read by ppo, which samples with rollout.max_new_tokens there too: "
+                "leave it out"
+            )
+        if not any(reward.weight for reward in self.rewards if reward.role == "reward"):
+            raise ValueError(
+                "rewards: weight is 0 for all that have role: reward, which leaves nothing to maximise: give one of "
+                "them another weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_groups(self) -> PPORecipe:

@@ -9,6 +9,7 @@ B rows, H hidden size, Q query heads, K key heads, D head size, S slots so far.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from rlhf_cli.models.attention import NAME as SEGMENTS
@@ -133,7 +133,7 @@ def _linear(module: Any, adapter: str | None) -> Rows:
     """The product with a plain weight, and what LoRA adds to it; other layers (quantised, DoRA) as they are."""
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
-    if type(module) is not LoraLinear or module.merged or type(module.base_layer) is not nn.Linear:
+    if not _is_lora(module) or module.merged or type(module.base_layer) is not nn.Linear:
         return module  # type: ignore[no-any-return]
     lora: Any = module
     base: Any = module.base_layer
@@ -147,6 +147,15 @@ def _linear(module: Any, adapter: str | None) -> Rows:
         return F.linear(rows, base.weight, base.bias).addmm_(rows @ down, up, alpha=scale)
 
     return product
+
+
+def _is_lora(module: Any) -> bool:
+    """Whether this is peft's linear layer; where peft was never imported there is none."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora.layer import Linear
+
+    return type(module) is Linear
 
 
 def _plain(module: Any, name: str) -> bool:

@@ -25,6 +25,7 @@ from rlhf_cli.objectives.running import RunningRewards
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.stages.common import settings_of
 from rlhf_cli.stages.facts import FIGURES, Facts, facts
+from rlhf_cli.stages.remembered import Reference
 from rlhf_cli.train.engine import Engine, Losses, Part, Prepare
 
 
@@ -62,25 +63,13 @@ class Whole(NamedTuple):
 class Judge:
     """The objectives of a recipe with the roles they ask."""
 
-    def __init__(self, engine: Engine, objectives: Sequence[Term], policy: Role, reference: Role | None) -> None:
+    def __init__(self, engine: Engine, objectives: Sequence[Term], policy: Role, reference: Reference) -> None:
         self.engine, self.terms, self.policy, self.reference = engine, objectives, policy, reference
         self.kind = objectives[0].entry.data
         self.needs = {need for term in objectives for need in term.entry.needs}
         self.on_prompt = any(term.settings.get("sft_scope") == "all" for term in objectives)
-        self.memory: dict[str, dict[str, Tensor]] = {}
         self.running = {i: RunningRewards() for i, t in enumerate(objectives) if "running" in t.entry.needs}
         engine.kept |= {f"running-{i}": state for i, state in self.running.items()}
-
-    def remember(self, split: str, samples: Sequence[Sample]) -> None:
-        """Make room for the reference's numbers of a split; a checkpoint keeps those that are known."""
-        if self.reference is None or not samples:
-            return
-        width = 1 if self.kind == "verdict" else 2
-        self.memory[split] = {
-            "logp": torch.zeros(len(samples), width, 2 if "common" in self.needs else 1),
-            "known": torch.zeros(len(samples), dtype=torch.uint8),
-        }
-        self.engine.kept_tensors[f"reference-{split}"] = self.memory[split]
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -107,7 +96,7 @@ class Judge:
                 rewards = {i: of[group].to(numbers) for i, of in whole.running.items()}
             return self._losses(judged, rewards, numbers, own, kl)
 
-        return loss, counts, prepare if self.reference is not None else None
+        return loss, counts, prepare if self.reference.memory else None
 
     def likelihood(self, samples: Sequence[Sample]) -> Part | None:
         """The likelihood of the chosen completions with their prompts, where an objective asks for that: a part of the
@@ -158,44 +147,38 @@ class Judge:
 
     def _remembered(self, split: str, batch: Batch, rows: np.ndarray) -> Tensor:
         """The reference's numbers (B, W, C), asked for at the first visit in the policy's own micro-batch."""
-        memory, index = self.memory[split], torch.from_numpy(rows)
-        if not bool(memory["known"][index].all()):
-            assert self.reference is not None
-            with self.reference.active():
-                fresh = self._ask(self.reference, batch).float().cpu()
-            self._keep(memory, index, fresh.view(len(rows), *memory["logp"].shape[1:]))
-        return memory["logp"][index].to(batch.ids.device)
-
-    @staticmethod
-    def _keep(memory: dict[str, Tensor], index: Tensor, fresh: Tensor) -> None:
-        new = memory["known"][index] == 0
-        memory["logp"][index[new]] = fresh[new]
-        memory["known"][index[new]] = 1
+        memory, index = self.reference.memory[split], torch.from_numpy(rows)
+        if not memory.knows(index):
+            assert self.reference.role is not None
+            with self.reference.role.active():
+                fresh = self._ask(self.reference.role, batch)
+            self.reference.keep(split, index, fresh.view(len(rows), *memory.logp.shape[1:]))
+        return memory.logp[index].to(batch.ids.device)
 
     def _kl_point(self, samples: Sequence[Sample]) -> Tensor:
         """KTO's estimate of KL(policy || reference) over a whole step: the mean log-ratio of completions set under
         another row's prompt (its end, where both are too long), not below zero; 0 when no row has another prompt."""
-        assert self.reference is not None
+        assert self.reference.role is not None
         mismatched = strangers(samples, self.engine.recipe.data.max_length)
         if not mismatched:
             return torch.zeros(())
         means = []
-        for role in (self.policy, self.reference):
+        for role in (self.policy, self.reference.role):
             parts = self.engine.infer(role, mismatched, partial(self._ask, role), "sequence")
             means.append(torch.cat(parts)[:, 0].mean().cpu())
         return (means[0] - means[1]).clamp(min=0)
 
     def _whole_step(self, split: str, samples: Sequence[Sample], rows: np.ndarray, known: Facts) -> Whole:
         """All numbers of the step without gradient, the loss of them, and its gradient by each number."""
-        assert self.reference is not None
-        memory, index = self.memory[split], torch.from_numpy(rows)
-        if not bool(memory["known"][index].all()):
-            parts = self.engine.infer(self.reference, samples, partial(self._ask, self.reference), "sequence")
-            self._keep(memory, index, torch.stack(parts).float().cpu())
+        memory, index, frozen = self.reference.memory[split], torch.from_numpy(rows), self.reference.role
+        if not memory.knows(index):
+            assert frozen is not None
+            parts = self.engine.infer(frozen, samples, partial(self._ask, frozen), "sequence")
+            self.reference.keep(split, index, torch.stack(parts))
         parts = self.engine.infer(self.policy, samples, partial(self._ask, self.policy), "sequence")
         numbers = torch.stack(parts).cpu().requires_grad_()
         with torch.enable_grad():
-            judged, running = self._judge(numbers, memory["logp"][index], known, None)
+            judged, running = self._judge(numbers, memory.logp[index], known, None)
             (slope,) = torch.autograd.grad(judged.loss.sum(), numbers)
         return Whole(judged._replace(loss=judged.loss.detach()), slope, running)
 

@@ -1,7 +1,8 @@
 """Preference tuning: the objectives of dpo, orpo and simpo.
 
 1. Tokenise each prompt with its completions; the prompt is computed once for all of them.
-2. For each micro-batch: log-probabilities of the frozen reference, if the objective needs one (remembered afterwards);
+2. For each micro-batch: log-probabilities of the frozen reference, if the objective needs one and no earlier visit or
+   run is remembered; the reference goes when all is known;
 3. log-probabilities of the policy, summed over each completion;
 4. the objective, a loss for each example; divided once by the examples of the whole step;
 5. one optimiser step.
@@ -21,6 +22,7 @@ from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import common, judging
 from rlhf_cli.stages import preference_setup as setup
+from rlhf_cli.stages.remembered import Reference
 
 
 def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display, options: Options) -> None:
@@ -38,10 +40,10 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         return
     policy = load_policy(recipe, text, display)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])
-    reference = setup.open_reference(terms, recipe, policy, text, named, engine, data.train)
+    memory = setup.open_memory(terms, recipe, engine, policy, text, named, data, loader)
+    reference = Reference(engine, memory, stays="kl_point" in setup.needs(terms))
+    reference.role = setup.open_reference(terms, recipe, policy, text, named, engine, data.train, memory)
     judge = judging.Judge(engine, terms, policy, reference)
-    judge.remember("train", data.train)
-    judge.remember("eval", data.eval or [])
 
     def step() -> dict[str, float]:
         chosen = loader.next()
@@ -63,5 +65,9 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
 
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(policy, text, role="policy"))
-    engine.fit(step)
+    reference.recall()
+    try:
+        engine.fit(step)
+    finally:
+        reference.share()
     common.finish(engine, lambda folder: save_policy(policy, text, folder))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rlhf_cli.catalog import Need
+from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
@@ -16,8 +18,13 @@ from rlhf_cli.models.build import frozen_role, load_reference
 from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
 from rlhf_cli.objectives.judged import Pair
+from rlhf_cli.stages import remembered
 from rlhf_cli.stages.judging import Term
+from rlhf_cli.stages.remembered import Memory
 from rlhf_cli.train.engine import Engine
+
+COUNTED = {"comparison": "pairs", "verdict": "verdicts", "ranking": "rankings"}
+"""Examples of a kind, in words."""
 
 
 def needs(terms: Sequence[Term]) -> tuple[Need, ...]:
@@ -89,9 +96,11 @@ def open_reference(
     named: Text | None,
     engine: Engine,
     samples: Sequence[Sample],
+    memory: dict[str, Memory],
 ) -> Role | None:
-    """The reference an objective needs, said aloud and checked against the untrained policy. Raises ModelError."""
-    if "reference" not in needs(terms):
+    """The reference an objective needs, said aloud and checked against the untrained policy; None as well when the
+    cache knows all that will be asked of it. Raises ModelError."""
+    if "reference" not in needs(terms) or _from_cache(terms, policy, named, engine, samples, memory):
         return None
     if named is not None:
         reference = frozen_role("reference", recipe.model, named, policy.base)
@@ -103,9 +112,76 @@ def open_reference(
     own = engine.infer(policy, few, lambda b: policy.logp(b, statistics="none").logp)
     other = engine.infer(reference, few, lambda b: reference.logp(b, statistics="none").logp)
     gap = max(float((a - b).abs().max()) for a, b in zip(own, other, strict=True))
-    if not gap <= (0.25 if rounds(policy.base) else 1e-4):
+    if not gap <= _tolerance(policy):
         raise ModelError(
             f"policy and reference differ before the first step (by {gap:.3g} nats a token)", text.path.name
         )
     engine.display.note(f"reference: {words}; equal to the policy at step 0 (largest gap {gap:.1e} nats a token)")
     return reference
+
+
+def _tolerance(policy: Role) -> float:
+    """How far policy and reference may lie apart at step 0, in nats a token."""
+    return 0.25 if rounds(policy.base) else 1e-4
+
+
+def open_memory(
+    terms: Sequence[Term],
+    recipe: Any,
+    engine: Engine,
+    policy: Role,
+    text: Text,
+    named: Text | None,
+    data: Prepared,
+    loader: Loader,
+) -> dict[str, Memory]:
+    """What is known of the reference, by split; empty when no objective needs one."""
+    wanted = needs(terms)
+    if "reference" not in wanted:
+        return {}
+    kind = terms[0].entry.data
+    return remembered.open_memory(recipe, engine, policy, text, named, data, loader, kind, "common" in wanted)
+
+
+def _from_cache(
+    terms: Sequence[Term],
+    policy: Role,
+    named: Text | None,
+    engine: Engine,
+    samples: Sequence[Sample],
+    memory: dict[str, Memory],
+) -> bool:
+    """Whether the cache makes the reference superfluous, said aloud. Numbers that are not the untrained policy's are
+    put aside."""
+    rows = torch.cat([m.wanted for m in memory.values()])
+    known = torch.cat([m.in_cache() & m.wanted for m in memory.values()])
+    if not bool(known.any()):
+        return False
+    gap = 0.0 if named is not None else _gap(policy, engine, samples, memory["train"])
+    if not gap <= _tolerance(policy):
+        engine.display.warn(f"the cache's numbers of the reference are {gap:.3g} nats a token off: made anew")
+        memory |= {split: replace(m, found=None) for split, m in memory.items()}
+        return False
+    notes = next(m.found.notes for m in memory.values() if m.found is not None)
+    words = f"{int(known.sum())} of {int(rows.sum())} {COUNTED[terms[0].entry.data]} known from an earlier run"
+    superfluous = bool(known[rows].all()) and "kl_point" not in needs(terms)
+    engine.display.note(
+        f"reference: {words} ({notes['run']})"
+        + ("; it is not loaded" if superfluous else "")
+        + (f"; equal to the policy at step 0 (largest gap {gap:.1e} nats a token)" if named is None else "")
+    )
+    if superfluous:
+        engine.packed &= notes["packed"] == "True"
+    return superfluous
+
+
+def _gap(policy: Role, engine: Engine, samples: Sequence[Sample], memory: Memory) -> float:
+    """Largest difference of the cache's numbers from the untrained policy's over a few samples, in nats a token."""
+    few = memory.in_cache().nonzero().flatten()[:4].tolist()
+    own = engine.infer(policy, [samples[i] for i in few], lambda b: policy.logp(b, statistics="none").logp)
+    gap = 0.0
+    for i, logp in zip(few, own, strict=True):
+        lengths = [int(c.scored.sum()) for c in samples[i].completions]
+        sums = torch.stack([part.sum().float().cpu() for part in logp.split(lengths)])
+        gap = max(gap, float(((sums - memory.cached(i)).abs() / torch.tensor(lengths)).max()))
+    return gap

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_cli.models.adapters import load_peft
 from rlhf_cli.recipe.settings.training import TrainingSettings
 
 
@@ -37,6 +38,7 @@ def make_optimizer(
 
 def make_scheduler(optimizer: Optimizer, settings: TrainingSettings, steps: int) -> LRScheduler:
     """The learning-rate schedule over `steps` steps."""
+    load_peft()  # transformers' schedules bring it along, and this way it comes without torch's compiler
     from transformers import get_scheduler
 
     warmup = settings.warmup_steps if settings.warmup_steps is not None else math.ceil(settings.warmup_ratio * steps)

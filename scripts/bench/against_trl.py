@@ -24,9 +24,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from probe import probe
 
 JOBS = {
     "dpo": {}, "dpo-lora": {"lora": True}, "dpo-nf4": {"lora": True, "nf4": True}, "orpo": {}, "simpo": {}, "kto": {},
@@ -104,25 +105,6 @@ def data_of(job: str) -> str:
     return {"kto": "verdicts", "sft": "demonstrations", "rloo": "prompts"}.get(method, "pairs")
 
 
-# --- the probe -------------------------------------------------------------------------------------------------------
-
-
-def memory(key: str) -> float:
-    """MiB of VmRSS or VmHWM."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(key))
-
-
-@contextmanager
-def probe(found: dict[str, Any]) -> Any:
-    """What the body costs."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts again here
-    idle, cpu, clock = memory("VmRSS"), time.process_time(), time.perf_counter()
-    yield
-    found |= {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - clock, "idle": idle,
-              "peak": memory("VmHWM")}  # fmt: skip
-
-
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +121,8 @@ def recipe(world: Path, job: str, out: Path) -> dict[str, Any]:
         "rloo": {
             "stage": "ppo", "rewards": [{"rule": {"name": "length", "limit": 1000}}],
             "rollout": {"max_new_tokens": 128, "completions_per_prompt": 4, "max_batch": 64},
-            "ppo": {"epochs": 1, "mini_batches": 1, "advantage": {"name": "rloo"}, "kl": {"name": "fixed", "coef": 0.05},
-                    "truncation": "score"},
+            "ppo": {"epochs": 1, "mini_batches": 1, "advantage": {"name": "rloo"}, "truncation": "score",
+                    "kl": {"name": "fixed", "coef": 0.05}},
             "doctor": {"enabled": False},
         },
     }[method]  # fmt: skip
@@ -184,97 +166,6 @@ def run_ours(world: Path, job: str, out: Path) -> dict[str, Any]:
     with (out / "run" / "metrics.jsonl").open(encoding="utf-8") as file:
         found["loss"] = [json.loads(line)["loss"] for line in file]
     return found
-
-
-# --- the peer --------------------------------------------------------------------------------------------------------
-
-
-def run_peer(world: Path, job: str, out: Path, way: str) -> dict[str, Any]:
-    """TRL's trainer for the job. way: plain, precomputed (references) or packed."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
-
-    torch.set_num_threads(1)
-    method, settings = job.split("-", maxsplit=1)[0], JOBS[job]
-    rows = [json.loads(line) for line in (world / f"{data_of(job)}.jsonl").read_text(encoding="utf-8").splitlines()]
-    order = json.loads((world / "order.json").read_text(encoding="utf-8"))
-    data = Dataset.from_list([rows[i] for i in order])
-    load: dict[str, Any] = {"dtype": torch.float32}
-    if "nf4" in settings:
-        load["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )  # fmt: skip
-    folder = str(world / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if method == "rm":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **load)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **load)
-    common: dict[str, Any] = {
-        "output_dir": str(out / "peer"), "per_device_train_batch_size": BATCH, "learning_rate": RATE,
-        "max_steps": STEPS, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none",
-        "save_strategy": "no", "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "seed": 42,
-        "optim": "adamw_torch_fused", "disable_tqdm": True, "max_grad_norm": 1.0, "weight_decay": 0.0,
-    }  # fmt: skip
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if "lora" in settings else None
-    trainer_class, configuration, more = _trainer(method, way)
-    if method != "rloo":
-        common["max_length"] = 1024
-    arguments = configuration(**common, **more)
-    extra = (
-        {"reward_funcs": lambda completions, **_: [len(str(c)) / 1000 for c in completions]} if method == "rloo" else {}
-    )
-
-    class InOrder(trainer_class):  # type: ignore[misc, valid-type]
-        def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
-            if method == "rloo":
-                return super()._get_train_sampler(*arguments, **named)
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    trainer = InOrder(
-        model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora, **extra
-    )
-    found: dict[str, Any] = {}
-    with probe(found):
-        trainer.train()
-    found["loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return found
-
-
-def _trainer(method: str, way: str) -> tuple[Any, Any, dict[str, Any]]:
-    if method == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        return DPOTrainer, DPOConfig, {"beta": 0.1, "precompute_ref_log_probs": way == "precomputed"}
-    if method == "kto":
-        from trl import KTOConfig, KTOTrainer
-
-        return KTOTrainer, KTOConfig, {"beta": 0.1, "precompute_ref_log_probs": way == "precomputed"}
-    if method == "orpo":
-        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-        return ORPOTrainer, ORPOConfig, {"beta": 0.1}
-    if method == "simpo":
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
-
-        return CPOTrainer, CPOConfig, {"beta": 2.0, "simpo_gamma": 1.0, "loss_type": "simpo", "cpo_alpha": 0.0}
-    if method == "rm":
-        from trl import RewardConfig, RewardTrainer
-
-        return RewardTrainer, RewardConfig, {}
-    if method == "sft":
-        from trl import SFTConfig, SFTTrainer
-
-        return SFTTrainer, SFTConfig, {"packing": way == "packed", "assistant_only_loss": False}
-    from trl import RLOOConfig, RLOOTrainer
-
-    return RLOOTrainer, RLOOConfig, {
-        "num_generations": 4, "max_completion_length": 128, "beta": 0.05, "num_iterations": 1,
-        "per_device_train_batch_size": 16, "normalize_advantages": False,
-    }  # fmt: skip
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -340,14 +231,17 @@ def main() -> None:
         parser.error(f"no job {unknown[0]}; there are {', '.join(JOBS)}")
     if asked.one:
         job = asked.jobs[0]
-        run = run_ours if asked.one == "ours" else lambda w, j, o: run_peer(w, j, o, asked.way)
-        (asked.out / "found.json").write_text(json.dumps(run(asked.world, job, asked.out)), encoding="utf-8")
+        if asked.one == "ours":
+            found = run_ours(asked.world, job, asked.out)
+        else:
+            from peer import run_peer
+
+            found = run_peer(asked.world, job, asked.out, asked.way)
+        (asked.out / "found.json").write_text(json.dumps(found), encoding="utf-8")
         return
     if not asked.peer:
         parser.error("--peer is missing: a Python with TRL")
-    print(
-        "| work | TRL: CPU s | ours: CPU s | throughput | TRL: peak MiB (idle) | ours: peak (idle) | over idle | losses |"
-    )
+    print("| work | TRL: CPU s | ours: CPU s | throughput | TRL: peak MiB (idle) | ours | over idle | losses |")
     print("|---|---|---|---|---|---|---|---|")
     for job in asked.jobs or JOBS:
         wide = "wide" in JOBS[job]

@@ -176,7 +176,7 @@ def check_head_tile_is_small(m: Any) -> None:
 
 def check_head_plainly(m: Any) -> None:
     h, w, b, ids, _ = inputs()
-    for scale, cap, biased, _heat in KINDS:
+    for scale, cap, biased, _heat in (*KINDS, (1.25, None, False, 1.0)):
         bias = b if biased else None
         logits = m.Head(w, bias, scale, cap)(h)
         close(
@@ -197,8 +197,11 @@ CLASSICAL = [
     ("head: in half precision", check_head_upcasts, "else rounded.float()", "else rounded"),
 ]  # fmt: skip
 SURVIVORS: dict[str, str] = {
-    "_forward: constant: 0 -> 1": "a placeholder that nobody reads",
-    "_forward: name: torch.zeros_like(rows, dtype=torch.float32) -> torch.ones_like(rows, dtype=torch.float32)":
+    "_forward: name: torch.zeros_like(sums.top) -> torch.ones_like(sums.top)": "every token lies in some tile",
+    ("__init__: name: rows.new_zeros((3, len(rows)), dtype=torch.float32) "
+     "-> rows.new_ones((3, len(rows)), dtype=torch.float32)"): "shrunk to nothing by the first tile",
+    "__init__: constant: 0 -> 1": "a sum that nobody reads",
+    "__init__: name: torch.zeros_like(rows, dtype=torch.float32) -> torch.ones_like(rows, dtype=torch.float32)":
         "shrunk to nothing by the first tile",
     "_backward: comparison: factor.dtype == torch.float32 -> factor.dtype != torch.float32":
         "two ways of adding the same product",

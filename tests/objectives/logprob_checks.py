@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.objectives import logprob
+from rlhf_cli.objectives.head import Head
 from tests.objectives.support import Check, checks_of, close, finite, gradients, leaf
 
 T, H, V = 15, 6, 23
@@ -212,6 +213,37 @@ def check_token_logp_collision(m: Any) -> None:
     # A token that is certain, and probabilities whose squares are 0 in float32.
     sure = m.token_logp(torch.tensor([[1e4, -1e4, 0.0]]), lambda h: h, torch.tensor([0]), statistics="collision")
     close(sure.collision, [0.0])
+
+
+class Silent(Head):
+    """A head that goes through the kernel, or fails."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        raise AssertionError("the plain path was taken")
+
+
+def check_token_logp_kinds(m: Any) -> None:
+    # Of a head and of a function: the same numbers, with a gradient where that is asked for, and nothing else.
+    h, w, b, ids = inputs()
+    logp, entropy, _ = naive(head_of(w, b)(h), ids, 1.3)
+    squares = torch.log_softmax(head_of(w, b)(h).double() / 1.3, dim=-1).exp().square().sum(-1).log()
+    for head in (Silent(w, b, 1.0, CAP), head_of(w, b)):
+        for kind in ("none", "entropy", "bonus", "collision"):
+            out = m.token_logp(h, head, ids, 1.3, statistics=kind)
+            close(out.logp, logp.float(), 1e-5)
+            assert out.mean.shape == (0,)
+            assert out.collision.shape == ((T,) if kind == "collision" else (0,))
+            if kind == "collision":
+                close(out.collision, squares.float(), 1e-5)
+                assert not out.collision.requires_grad
+            assert out.entropy.shape == ((T,) if kind in ("entropy", "bonus") else (0,))
+            if len(out.entropy):
+                close(out.entropy, entropy.float(), 1e-5)
+                assert out.entropy.requires_grad == (kind == "bonus")
+        slope = torch.autograd.grad(m.token_logp(h, head, ids, 1.3, statistics="bonus").entropy.sum(), h)[0]
+        close(slope, torch.autograd.grad(naive(head_of(w, b)(h), ids, 1.3)[1].sum(), h)[0].float(), 1e-5)
+    out = m.token_logp(h, Head(w, b, 1.0, CAP), ids, 1.3, statistics="usual")
+    close(out.mean, naive(head_of(w, b)(h), ids, 1.3)[2].float(), 1e-5)
 
 
 MODULE = logprob

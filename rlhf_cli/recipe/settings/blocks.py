@@ -38,8 +38,11 @@ def block(entries: Iterable[Entry], default: str | None = None, *, mix: str | No
 
 def _named(entry: Any, kind: str, default: str | None = None, **more: Any) -> Any:
     """The settings of an entry with its name."""
-    name: Any = (Literal[entry.name], entry.name if entry.name == default else ...)
-    return create_model(f"{entry.name}_{kind}", __base__=entry.settings, __doc__=entry.help, name=name, **more)
+    keys: dict[str, Any] = {"name": (Literal[entry.name], entry.name if entry.name == default else ...), **more}
+    bare = {"use_attribute_docstrings": False}  # help is inherited; looking for more would take most of the time
+    return create_model(
+        f"{entry.name}_{kind}", __base__=entry.settings, __doc__=entry.help, __cls_kwargs__=bare, **keys
+    )
 
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Factor of this term in the sum.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_cli.catalog import Positive, Settings, Share
 from rlhf_cli.recipe.settings.blocks import Count
@@ -87,3 +87,16 @@ class TripwireSettings(Settings):
     """Each rollback multiplies all learning rates by this."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """The run stops with exit code 5 when one more would be needed."""
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> TripwireSettings:
+        back = ("rollback_lr_factor", "max_rollbacks")
+        armed = "rollback" in self.wires.model_dump().values()
+        for keys, read, words in (
+            (("wires", "thresholds", *back), self.enabled, "doctor.enabled: true"),
+            (back, armed, "a wire of doctor.wires on rollback"),
+        ):
+            odd = [key for key in keys if not read and getattr(self, key) != type(self).model_fields[key].default]
+            if odd:
+                raise ValueError(f"doctor.{odd[0]} is only read with {words}")
+        return self

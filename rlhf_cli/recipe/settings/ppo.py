@@ -130,6 +130,15 @@ class PPOSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _kl_can_move(self) -> PPOSettings:
+        if self.kl.name != "fixed" and self.kl.coef == 0:
+            raise ValueError(
+                f"kl.coef 0 stays 0 with kl.name {self.kl.name}, which multiplies it: give one to start from, or "
+                f"name: fixed for none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _truncation_is_one_rule(self) -> PPOSettings:
         if self.truncation == "bootstrap" and not ESTIMATORS[self.advantage.name].critic:
             raise ValueError(
