@@ -8,6 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RESUME ?= auto
+JOBS ?= 2
 KILLS ?= 200
 BIN := .venv/bin
 READY := .venv/ready
@@ -39,7 +40,7 @@ $(READY): constraints.txt pyproject.toml
 # --- checks ----------------------------------------------------------------------------------------------
 
 test: $(READY) ## run the tests: no network, no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 faults: $(READY) ## kill runs at random moments (KILLS=200 SEED=any), start them again, compare bit for bit
 	$(BIN)/python -m tests.faults.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))

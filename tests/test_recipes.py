@@ -84,8 +84,10 @@ def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny
         "data.train.path" if isinstance(plain["data"]["train"], dict) else "data.train": world / f"{kind}.jsonl",
         "data.eval.path" if isinstance(plain["data"]["eval"], dict) else "data.eval": world / f"{kind}-eval.jsonl",
         "data.max_length": 64, "training.batch_size": 4, "training.max_steps": 2,
-        "evaluation.max_new_tokens": 4, "evaluation.samples": min(2, recipe.evaluation.samples), "output_dir": out,
+        "evaluation.samples": min(2, recipe.evaluation.samples), "output_dir": out,
     }  # fmt: skip
+    if recipe.stage != "ppo":
+        found["evaluation.max_new_tokens"] = 4
     if recipe.stage == "ppo":
         found |= {"rollout.max_new_tokens": 6, "ppo.mini_batches": 2}
         found |= {"ppo.ptx.data": world / "text.jsonl"} if recipe.ppo.ptx else {}

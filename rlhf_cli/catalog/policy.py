@@ -83,7 +83,7 @@ _A, _K = "objectives.advantage", "objectives.kl"
 
 ESTIMATORS: tuple[Estimator, ...] = (
     Estimator("gae", f"{_A}:gae", "Generalised advantage estimation", True, 1, False, True, GAE),
-    Estimator("reinforce", f"{_A}:reinforce", "Rewards of the completion, whole or from each token on",
+    Estimator("reinforce", f"{_A}:reinforce", "Rewards of a completion, whole or to go; by default reinforce_pp",
               False, 1, False, True, Reinforce),
     Estimator("reinforce_pp", f"{_A}:reinforce_pp", "REINFORCE++: rewards to go, whitened over the rollout",
               False, 1, False, False, ReinforcePlusPlus),

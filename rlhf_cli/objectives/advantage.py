@@ -76,6 +76,7 @@ def reinforce(
 
     b is 0, or with `batch` the mean over the completions of what they are credited with at their first token (G_1, or
     S). to_go leaves out the rewards before a token, whose expectation is zero: the same gradient, less noise.
+    Whitened, as it is unless whiten_advantages is false, to_go is reinforce_pp whatever b is.
 
     Symbols: b: the baseline, one number for the rollout
     Source: Williams 1992 (Machine Learning 8:229-256); to_go: Sutton et al. 1999 (NeurIPS 12)
@@ -101,7 +102,8 @@ def reinforce_pp(
 ) -> Estimate:
     """A_t = (G_t - mean G) / sqrt(var G + 1e-8), mean and variance over all tokens of the rollout.
 
-    The variance is the population's. Whitening once more (`whiten_advantages`) changes nothing.
+    The variance is the population's. Whitening once more (`whiten_advantages`) changes nothing. The same as reinforce
+    with its defaults.
 
     Source: Hu et al. 2025 (arXiv:2501.03262), REINFORCE++
     Step 0: the advantages of a rollout have mean 0 and variance 1

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.recipe.function_path import function_file
 from rlhf_cli.recipe.model_path import canonical, fingerprint, resolve_model, sha256, similar
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.settings.data import SourceSettings

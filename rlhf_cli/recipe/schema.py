@@ -126,9 +126,10 @@ class PPORecipe(Recipe):
                 "evaluation.max_new_tokens is not read by ppo, which samples with rollout.max_new_tokens there too: "
                 "leave it out"
             )
-        if not any(reward.weight for reward in self.rewards if reward.role == "reward"):
+        weights = [reward.weight for reward in self.rewards if reward.role == "reward"]
+        if weights and not any(weights):
             raise ValueError(
-                "rewards: weight is 0 for all that have role: reward, which leaves nothing to maximise: give one of "
+                "rewards.weight is 0 for all that have role: reward, which leaves nothing to maximise: give one of "
                 "them another weight"
             )
         return self

@@ -27,8 +27,8 @@ GRAM = 4
 def figures(
     experience: Experience, raw: Tensor, scores: Tensor, returns: Tensor | None, kl_coef: float
 ) -> dict[str, float]:
-    """Means over a rollout, of which at least one completion has a mask. raw, scores (N,): before and after penalties;
-    returns (N, T): the critic's targets.
+    """Means over a rollout, of which at least one completion has a mask. raw, scores (N,): before and after the rule
+    for completions that were cut; returns (N, T): the critic's targets; kl_coef: wherever the KL stands.
 
     KL and entropy in nats; explained variance is 1 - Var(returns - values) / Var(returns).
     """
@@ -41,10 +41,12 @@ def figures(
         "objective/kl": float(kl.mean()),
         "objective/kl_k3_per_token": float(masked_mean(k3(experience.logp, experience.reference_logp), mask)),
         "objective/entropy": float(masked_mean(experience.entropy, mask)),
-        "objective/non_score_reward": float(-kl_coef * kl.mean()),
-        "objective/rlhf_reward": float(scores.mean() - kl_coef * kl.mean()),
+        "objective/non_score_reward": 0.0 - kl_coef * float(kl.mean()),
+        "objective/truncation_reward": float((scores - raw).mean()),
         "kl_coef": float(kl_coef),
     }
+    parts = ("scores", "truncation_reward", "non_score_reward")
+    out["objective/rlhf_reward"] = sum(out[f"objective/{part}"] for part in parts)
     out |= _endings(experience.lengths[rows].float(), experience.finished[rows])
     out |= _words([s.completions[0].ids for s, kept in zip(experience.rollout.samples, rows, strict=True) if kept])
     gaps = (experience.sampled_logp - experience.logp).abs()[mask]

@@ -15,7 +15,7 @@ WATCHED = (
     "objective/kl", "objective/scores", "objective/scores_std", "objective/entropy", "completions/eos_rate",
     "completions/truncated", "completions/mean_length", "rollout/repetition", "val/explained_variance",
     "rollout/reward_length_correlation", "policy/clipfrac", "val/ratio", "policy/ratio_max", "frac_reward_zero_std",
-    "rollout/unscorable",
+    "rollout/unscorable", "completions/learned_from",
 )  # fmt: skip
 """What the rules read."""
 
@@ -104,6 +104,11 @@ def _hacking(e: Evidence) -> str:
 
 
 def _eos_rate(e: Evidence) -> str:
+    if e.stays("completions/learned_from", lambda x: x == 0.0):
+        return (
+            f"every completion of the last {e.limits.patience} rollouts was cut, and ppo.truncation: drop learns from "
+            f"none that was: nothing is learned; raise rollout.max_new_tokens, or take another truncation"
+        )
     if e.stays("completions/truncated", lambda x: x > e.limits.truncated):
         return (
             f"{e.now('completions/truncated'):.0%} of the completions were cut by the length limit: raise "

@@ -48,12 +48,12 @@ def check_rewards(
     statistics and how their steps end; a prompt that a reward model's own template cannot render is refused. Raises
     RecipeError, DataError or ModelError.
     """
-    return [_check(one, model, policy, tasks) for one in settings]
+    return [_check(one, model, policy, tasks, f"rewards.{i}.function") for i, one in enumerate(settings)]
 
 
-def _check(settings: RewardSettings, model: ModelSettings, policy: Text, tasks: Sequence[Task]) -> Checked:
+def _check(settings: RewardSettings, model: ModelSettings, policy: Text, tasks: Sequence[Task], key: str) -> Checked:
     if settings.function is not None:
-        return load_function(settings, tasks, policy.template)
+        return load_function(settings, tasks, policy.template, key)
     if settings.rule is not None:
         return load_rule(settings, tasks)
     return check_run(settings, model, policy, tasks)

@@ -16,9 +16,9 @@ import numpy as np
 from rlhf_cli.catalog import REWARDS
 from rlhf_cli.catalog.rules import WORD
 from rlhf_cli.data.examples import Task
-from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.errors import DataError, ModelError, Problem
 from rlhf_cli.recipe.settings.rewards import RewardSettings
-from rlhf_cli.rollouts.limits import OutOfTime, time_limit
+from rlhf_cli.rollouts.limits import OutOfTime, limited
 from rlhf_cli.rollouts.normalise import Running, Scaling, scaling_of
 from rlhf_cli.rollouts.rewards import Infer, Rollout, Scores, at_the_end
 
@@ -178,12 +178,13 @@ class RuleReward:
 
     def __call__(self, rollout: Rollout, infer: Infer | None = None) -> Scores:
         """The rule's scores. Raises ModelError when it takes too long, as some regular expressions do."""
+        late = Problem(f"took longer than {self.timeout:g} s on {len(rollout.completions)} completions",
+                       f"reward {self.name}", "write a simpler pattern")  # fmt: skip
         try:
-            with time_limit(self.timeout):
-                return at_the_end(self.rule(rollout, **self.settings))
+            found = limited(self.timeout, lambda: self.rule(rollout, **self.settings), lambda: f"error: {late}")
         except OutOfTime as error:
-            raise ModelError(f"took longer than {self.timeout:g} s on {len(rollout.completions)} completions",
-                             f"reward {self.name}", "write a simpler pattern") from error  # fmt: skip
+            raise ModelError(late) from error
+        return at_the_end(found)
 
 
 def load_rule(settings: RewardSettings, tasks: Sequence[Task]) -> RuleReward:
@@ -191,7 +192,17 @@ def load_rule(settings: RewardSettings, tasks: Sequence[Task]) -> RuleReward:
     block: Any = settings.rule
     values = block.model_dump(exclude={"name"})
     if block.name == "numeric_answer":
+        _check_column(values["column"], tasks)
         for task in tasks:
             gold(task, values["column"], values["marker"])
     return RuleReward(settings.title(), settings.weight, settings.role, scaling_of(settings),
                       REWARDS[block.name].load(), values, settings.timeout)  # fmt: skip
+
+
+def _check_column(column: str, tasks: Sequence[Task]) -> None:
+    """DataError naming the first row that lacks a column which other rows have."""
+    lacking = [task for task in tasks if task.facts.get(column) is None]
+    have = len(tasks) - len(lacking)
+    if lacking and have:
+        raise DataError(f"this row has no '{column}' for the rule numeric_answer; {have} of {len(tasks)} rows have one",
+                        lacking[0].where, "fill it in, or leave the row out")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs import lock, manifest
 from rlhf_cli.runs.files import TEMPORARY
+from rlhf_cli.runs.metrics import number, read_lines
 
 ARCHIVE = "--resume never archives the old run and starts anew; or choose another output_dir"
 
@@ -53,11 +55,14 @@ def decide(path: Path, wanted: Identity, resume: str) -> Decision:
         wanted: what the recipe asks for.
         resume: auto, never, or the path of a checkpoint.
 
-    Raises RecipeError for a directory of another recipe or of a stranger, ModelError for a broken one.
+    A run that never came to the end of a step is started over, whatever its recipe. Raises RecipeError for a directory
+    of another recipe or of a stranger, ModelError for a broken one.
     """
     started = _state(path) == "run"
     if resume == "never":
         return Decision("fresh", archive=started)
+    if started and resume == "auto" and _never_trained(path):
+        return Decision("fresh")
     if started:
         _same(path, read_json(path / "run.json"), wanted, ARCHIVE)
     if resume != "auto":
@@ -94,6 +99,18 @@ def _state(path: Path) -> Literal["empty", "run"]:
             f"is not empty and not a run (it holds {strange[0]})", f"output_dir {path}", "choose another output_dir"
         )
     return "empty"
+
+
+def _never_trained(path: Path) -> bool:
+    """Whether the run there ended before its first step was over: nothing is lost when another takes its place."""
+    if any((path / name).exists() for name in ("DONE", "checkpoints", "rollbacks", "final")):
+        return False
+    try:
+        rows = [row for row in read_lines(path / "metrics.jsonl") if row.get("step") != 0]
+    except ModelError:
+        return False
+    numbers = [number(value) for row in rows for name, value in row.items() if name != "step"]
+    return not any(x is None or math.isfinite(x) for x in numbers)  # one of a step that was not applied is not finite
 
 
 def _same(path: Path, run: dict[str, Any], wanted: Identity, hint: str) -> None:

@@ -62,6 +62,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     if steps <= recipe.critic.pretrain_steps:
         raise RecipeError(f"all {steps} steps of the run would pre-train the critic", "critic.pretrain_steps",
                           "lower it, or train longer")  # fmt: skip
+    ppo_setup.warn_of_long_limits(recipe, display)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} prompts, {steps} rollouts of {rollout}")
         return
@@ -89,6 +90,9 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(roles.policy, text, role="policy"))
     care.fit(step)
+    if not ppo.progress.learned:
+        display.warn("every completion of this run was cut, and ppo.truncation: drop learns from none that was: the "
+                     "policy is as it was; raise rollout.max_new_tokens, or take another truncation")  # fmt: skip
     common.finish(engine, lambda folder: save_policy(roles.policy, text, folder))
 
 
@@ -131,16 +135,20 @@ class PPO:
         if self.engine.step == 0:
             biased = bool(self.roller.sampling.truncated)
             ppo_setup.check_first_rollout(rolled.experience, self.roles.policy, self.engine.display, biased=biased)
+            if not bool(rolled.experience.finished.any()):
+                self.engine.display.warn(ppo_setup.all_cut(self.settings))
         self.progress.episodes += len(rolled.reward.raw)
         if self.lagrange is not None and rolled.cost is not None and not warming:
             self.lagrange.follow(rolled.cost.raw.tolist())
         metrics = rolled.metrics | {"episode": float(self.progress.episodes)}
         kept = rolled.only(rolled.experience.finished) if self.settings.truncation == "drop" else rolled
+        metrics["completions/learned_from"] = len(kept.reward.raw) / len(rolled.reward.raw)
         if len(kept.reward.raw):
             lesson, more = self.lesson(kept, warming)  # 3, 4
             metrics |= self.figures(rolled, kept, lesson) | more
             with self.roller.clock("update"):
                 metrics |= self.updates.pretrain(lesson, seed) if warming else self.updates.learn(lesson, seed)  # 5
+            self.progress.learned += 0 if warming else len(kept.reward.raw)
         else:
             self.engine.display.warn("every completion of this rollout was cut: there is nothing to learn from")
             metrics |= self.figures(rolled, None, None)
@@ -149,7 +157,7 @@ class PPO:
         moving = self.settings.reference_update
         if moving is not None and not warming and (self.engine.step + 1) % moving.every == 0:
             move(self.roles.reference, self.roles.policy, moving.alpha)
-        return metrics | self.roller.clock.figures()
+        return {name: value + 0.0 for name, value in (metrics | self.roller.clock.figures()).items()}  # no -0.0
 
     # --- steps 3 and 4 -----------------------------------------------------------------------------------------------
 
@@ -188,8 +196,8 @@ class PPO:
     def figures(self, rolled: Rolled, kept: Rolled | None, lesson: Lesson | None) -> dict[str, float]:
         """Of all completions with a score; of the critics, on those that are learned from."""
         reward, cost = rolled.reward, rolled.cost
-        coef = self.kl.coef if self.settings.kl_in == "reward" else 0.0
-        metrics = figures(rolled.experience, reward.raw, reward.scores, None, coef) | {"kl_coef": self.kl.coef}
+        coef = self.kl.coef
+        metrics = figures(rolled.experience, reward.raw, reward.scores, None, coef)
         if kept is not None and lesson is not None:
             for target, prefix in zip(lesson.targets, ("", "cost/"), strict=False):
                 judged = replace(kept.experience, values=target.old)
@@ -201,6 +209,8 @@ class PPO:
                 "cost/above_threshold": float((cost.raw > self.lagrange.threshold).float().mean()),
                 "lagrange/lambda": self.lagrange.multiplier,
             }  # fmt: skip
+            weighed = mixed(reward.scores.mean(), cost.scores.mean(), self.lagrange.multiplier)
+            metrics["objective/lagrangian"] = float(weighed) + metrics["objective/non_score_reward"]
             metrics |= {"cost/window_mean": self.lagrange.mean} if self.lagrange.costs else {}
         return metrics
 

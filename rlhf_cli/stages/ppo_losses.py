@@ -29,7 +29,7 @@ AGGREGATES = {"token": total, "sequence": total_of_means, "constant": total}
 """How a micro-batch is summed; `counts` says what the engine divides by."""
 IN_LOSS = {None: k2, "k2": k2, "k3": k3_plus}
 """The estimates of the KL to the reference that a loss may hold."""
-VALUE_METRICS = (("loss/value", "val/clipfrac"), ("cost/loss_value", "cost/val_clipfrac"))
+VALUE_METRICS = (("loss/value", "val/clipfrac"), ("cost/loss/value", "cost/val/clipfrac"))
 """Names of the error and of the clipped share, for the critic of the reward and that of the cost."""
 
 

@@ -14,6 +14,7 @@ from rlhf_cli.models.base import Text
 from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import PPORecipe
+from rlhf_cli.recipe.settings.ppo import PPOSettings
 from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.runs.display import Display
 from rlhf_cli.stages import common
@@ -22,17 +23,19 @@ from rlhf_cli.train.engine import Losses, Part
 
 @dataclass
 class Progress:
-    """Completions seen so far."""
+    """Completions seen so far, and those of them that the policy learned from."""
 
     episodes: int = 0
+    learned: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"episodes": self.episodes}
+        return {"episodes": self.episodes, "learned": self.learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """From the checkpoint; those of older versions did not count what was learned from."""
         self.episodes = state["episodes"]
+        self.learned = state.get("learned", self.episodes)
 
 
 def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:
@@ -81,6 +84,36 @@ def read_ptx(recipe: PPORecipe, tasks: Prepared, text: Text, display: Display) -
     )
     loader = common.make_loader(recipe, found, settings.batch_size or recipe.training.batch_size)
     return replace(tasks, report=both), Ptx(found.train, loader, settings.coef)
+
+
+def warn_of_long_limits(recipe: PPORecipe, display: Display) -> None:
+    """A length in tokens that completions cannot pass holds nothing down. At rollout.max_new_tokens itself a margin
+    still does."""
+    room = recipe.rollout.max_new_tokens
+    for reward in recipe.rewards:
+        rule = reward.rule
+        if rule is None or rule.name != "length" or rule.unit != "token" or rule.limit < room:
+            continue
+        if rule.limit > room or rule.aim == "near" or rule.margin == 1:
+            display.warn(
+                f"reward {reward.title()}: its limit of {rule.limit} tokens is not below rollout.max_new_tokens = "
+                f"{room}, which cuts completions first: lower the limit, or raise rollout.max_new_tokens"
+            )
+
+
+def all_cut(settings: PPOSettings) -> str:
+    """What to say when the length limit cut every completion of the first rollout."""
+    what = {
+        "penalty": f"ppo.missing_eos_penalty = {settings.missing_eos_penalty:g} is taken from each score",
+        "replace": f"each gets ppo.truncated_score = {settings.truncated_score:g}",
+        "bootstrap": "none is scored (ppo.truncation: bootstrap)",
+        "drop": "there is nothing to learn from (ppo.truncation: drop)",
+        "score": "each is scored as it stands (ppo.truncation: score)",
+    }[settings.truncation]
+    return (
+        f"100% of the completions of the first rollout were cut by the length limit, and {what}: raise "
+        f"rollout.max_new_tokens, or look whether the model knows its end token"
+    )
 
 
 def check_first_rollout(experience: Experience, policy: Role, display: Display, *, biased: bool) -> None:

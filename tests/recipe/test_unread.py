@@ -56,6 +56,34 @@ UNREAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
         PPO | {"ppo": {"truncation": "replace", "missing_eos_penalty": 2.0}},
         ("missing_eos_penalty", "truncation: penalty"),
     ),
+    "a length of samples": (
+        PPO | {"evaluation": {"max_new_tokens": 64}},
+        ("evaluation.max_new_tokens", "rollout.max_new_tokens"),
+    ),
+    "wires of no doctor": (
+        PPO | {"doctor": {"enabled": False, "wires": {"kl": "pause"}}},
+        ("doctor.wires", "doctor.enabled"),
+    ),
+    "thresholds of no doctor": (
+        PPO | {"doctor": {"enabled": False, "thresholds": {"kl": 3.0}}},
+        ("doctor.thresholds", "doctor.enabled"),
+    ),
+    "a factor of no rollback": (
+        PPO | {"doctor": {"wires": {"kl": "pause"}, "rollback_lr_factor": 0.1}},
+        ("doctor.rollback_lr_factor", "doctor.wires", "rollback"),
+    ),
+    "a count of no rollbacks": (PPO | {"doctor": {"max_rollbacks": 1}}, ("doctor.max_rollbacks", "doctor.wires")),
+    "a coefficient that cannot move": (
+        PPO | {"ppo": {"kl": {"name": "proportional", "coef": 0.0}}},
+        ("kl.coef 0", "kl.name proportional"),
+    ),
+    "a reward of nothing": (PPO | {"rewards": [{"function": "f.py:g", "weight": 0}]}, ("weight", "role: reward")),
+    "a reward of nothing beside a cost": (
+        PPO
+        | {"rewards": [{"function": "f.py:g", "weight": 0}, {"function": "f.py:h", "role": "cost"}]}
+        | {"ppo": {"lagrange": {}}},
+        ("weight", "role: reward"),
+    ),
 }
 READ = {
     "alpha": DPO | {"objective": {"name": "f_dpo", "divergence": "alpha", "alpha": 0.3}},
@@ -67,6 +95,13 @@ READ = {
     "defaults that are written": PPO
     | PAIRS
     | {"ppo": RLOO | {"value_clip": 0.2, "truncated_score": -1.0}, "critic": {"start": "auto", "coef": 0.1}},
+    "a doctor's settings": PPO
+    | {"doctor": {"wires": {"kl": "rollback"}, "rollback_lr_factor": 0.1, "max_rollbacks": 1}},
+    "no doctor": PPO | {"doctor": {"enabled": False, "max_rollbacks": 3}},
+    "no KL": PPO | {"ppo": {"kl": {"name": "fixed", "coef": 0.0}}},
+    "a reward to look at": PPO | {"rewards": [{"function": "f.py:g", "weight": 0}, {"function": "f.py:h"}]},
+    "the default length of samples": PPO | {"evaluation": {"max_new_tokens": 128}},
+    "a length of samples elsewhere": DPO | {"objective": {"name": "dpo"}, "evaluation": {"max_new_tokens": 64}},
     "more defaults": DPO | {"objective": {"name": "f_dpo", "alpha": 0.5}},
 }
 

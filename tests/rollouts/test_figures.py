@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,7 +64,7 @@ def test_sums_and_means() -> None:
     found = figures(made, torch.tensor([3.0, 1.0]), torch.tensor([3.0, 0.0]), returns, 0.5)
     wanted = {
         "objective/kl": (-0.5 + 1.0) / 2, "objective/scores": 2.0, "objective/scores_std": 1.0,
-        "objective/rlhf_reward": 1.5 - 0.125, "objective/non_score_reward": -0.125,
+        "objective/rlhf_reward": 1.5 - 0.125, "objective/non_score_reward": -0.125, "objective/truncation_reward": -0.5,
         "completions/mean_length": 1.5, "completions/min_length": 1.0, "completions/max_length": 2.0,
         "completions/eos_rate": 0.5, "completions/truncated": 0.5, "completions/finished_length_mean": 1.0,
         "rollout/logprob_gap_mean": 0.6 / 3, "rollout/logprob_gap_max": 0.5, "rollout/reward_length_correlation": 1.0,
@@ -71,6 +72,9 @@ def test_sums_and_means() -> None:
         "val/explained_variance": 1 - 1 / 9, "val/mean": 7 / 3, "val/returns_mean": 3.0,
     }  # fmt: skip
     assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+    nothing = figures(made, SCORES[:2], SCORES[:2], None, 0.0)
+    zeros = [nothing[f"objective/{name}"] for name in ("truncation_reward", "non_score_reward")]
+    assert [(x, math.copysign(1.0, x)) for x in zeros] == [(0.0, 1.0), (0.0, 1.0)]
     cut = figures(replace(made, finished=torch.tensor([False, False])), SCORES[:2], SCORES[:2], None, 0.5)
     assert cut["completions/truncated"] == 1.0
     assert "completions/finished_length_mean" not in cut  # there are none

@@ -17,7 +17,7 @@ WELL = {
     "completions/eos_rate": 0.9, "completions/truncated": 0.1, "completions/mean_length": 100.0,
     "rollout/repetition": 0.05, "val/explained_variance": 0.4, "rollout/reward_length_correlation": 0.2,
     "policy/clipfrac": 0.1, "val/ratio": 1.0, "policy/ratio_max": 1.5, "frac_reward_zero_std": 0.3,
-    "rollout/unscorable": 0.0,
+    "rollout/unscorable": 0.0, "completions/learned_from": 1.0,
 }  # fmt: skip
 ILL = {"objective/kl": 31.0}
 
@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, list[dict[str, float]], int]] = {
     "hacking short": ("hacking", rising("objective/kl", 31.0, **{"objective/scores": 0.9}), 0),
     "cut": ("eos_rate", rising("completions/truncated", *[0.91] * 5), 5),
     "cut short": ("eos_rate", rising("completions/truncated", *[0.9] * 9), 0),
+    "nothing learned from": ("eos_rate", rising("completions/learned_from", *[0.0] * 5), 5),
+    "little learned from": ("eos_rate", rising("completions/learned_from", *[0.0] * 4, 0.1, *[0.0] * 4), 0),
     "fewer ends": ("eos_rate", rising("completions/eos_rate", 0.22), 1),
     "fewer ends short": ("eos_rate", rising("completions/eos_rate", 0.23), 0),
     "longer": ("length", rising("completions/mean_length", 301.0), 1),

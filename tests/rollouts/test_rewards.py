@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -173,7 +178,19 @@ def test_printing_before_raising_is_not_lost(made: Write, capsys: pytest.Capture
         ("return {}['x']", ["raised KeyError"]),
         ("import sys\nsys.exit(0)", ["raised SystemExit"]),
         ("raise SystemExit", ["raised SystemExit"]),
-        ("return [1.0]", ["returned 1 scores for 3 completions"]),
+        ("raise KeyboardInterrupt", ["raised KeyboardInterrupt (", "score.py:3)"]),
+        ("raise GeneratorExit('so')", ["raised GeneratorExit: so"]),
+        ("import os\nos._exit(0)", ["raised SystemExit"]),
+        ("raise ValueError('x' * 5000)", ["ValueError: " + "x" * 300 + "... ("]),
+        ("raise ValueError('a\\x1b[31m\\x00b\\nc \\ud800')", [r"ValueError: a\x1b[31m\x00b c \ud800 ("]),
+        ("class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd", ["raised Odd: <Odd>"]),
+        ("return [1.0]", ["returned 1 scores for 3 completions, of tasks.jsonl:1, tasks.jsonl:2, tasks.jsonl:3"]),
+        ("return [1.0, 'high', 3.0]", ["returned str high for tasks.jsonl:2; a list of numbers is wanted"]),
+        ("return [1.0, 2.0, 10 ** 400]", ["returned a number for tasks.jsonl:3 that is too large: 1000", "..."]),
+        ("return [1.0, 2.0, 10 ** 5000]", ["too large: <int>"]),
+        ("return {'a': [1, 2, 3], 'b': [1, [2], 3]}", ["returned list [2] for tasks.jsonl:2"]),
+        ("return [[(1, 0.5)], [(1, 0.5), 7], []]", ["returned int 7 in the list for tasks.jsonl:2"]),
+        ("return [[(1, 0.5)], [(1, {})], []]", ["returned tuple (1, {}) for tasks.jsonl:2"]),
         ("return [1.0] * 4", ["returned 4 scores for 3 completions"]),
         ("return []", ["returned 0 scores for 3"]),
         ("return None", ["NoneType", "a list of numbers is wanted"]),
@@ -230,6 +247,138 @@ def test_hanging(made: Write, body: str) -> None:
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["while True:\n    try:\n        time.sleep(0.3)\n    except BaseException:\n        tries.append(1)\n"
+     "        if len(tries) > 2: raise",
+     "try:\n    time.sleep(9)\nexcept BaseException:\n    pass\ntime.sleep(9)"],
+)  # fmt: skip
+def test_a_function_that_swallows_the_alarm_gets_another(made: Write, body: str) -> None:
+    reward, before = made(f"import time\ntries = []\n{body}", timeout=0.2), signal.getsignal(signal.SIGALRM)
+    begin = time.monotonic()
+    refused(lambda: reward(ROLLOUT), "took longer than 0.2 s", "rewards.timeout")
+    assert time.monotonic() - begin < 4
+    assert (signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)) == ((0.0, 0.0), before)
+
+
+ALONE = """
+import sys, time, hashlib
+from rlhf_cli.rollouts import limits
+from rlhf_cli.rollouts.foreign import called
+limits.GRACE = 0.6
+
+def swallows():
+    sys.stdout.write("half a line")
+    while True:
+        try:
+            time.sleep(1)
+        except BaseException:
+            pass
+
+def native():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+def alone():
+    sum(range(10**13))
+
+called(globals()[sys.argv[1]], "bad.py:" + sys.argv[1], 0.2)
+"""
+
+
+@pytest.mark.parametrize(("function", "said"), [("swallows", "half a line\n"), ("native", "")])
+def test_the_process_ends_when_nothing_else_helps(function: str, said: str) -> None:
+    """One line and the exit code of a ModelError."""
+    end = subprocess.run([sys.executable, "-c", ALONE, function], capture_output=True, text=True, timeout=30)
+    line = f"error: bad.py:{function}: took longer than 0.2 s (raise rewards.timeout)\n"
+    assert (end.returncode, end.stdout, end.stderr) == (4, "", said + line)
+
+
+def test_code_that_lets_no_thread_run_ends_with_its_traceback() -> None:
+    end = subprocess.run([sys.executable, "-c", ALONE, "alone"], capture_output=True, text=True, timeout=30)
+    assert (end.returncode, end.stdout) == (1, "")
+    assert "in alone" in end.stderr
+
+
+def test_a_real_interrupt_stays_one(made: Write) -> None:
+    """Of a handler that raises, and of one that leaves at once."""
+    reward = made("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
+    with pytest.raises(KeyboardInterrupt):
+        reward(ROLLOUT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    left: list[int] = []
+    with patch("os._exit", left.append):
+        before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+        try:
+            refused(lambda: made("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ValueError")(ROLLOUT),
+                    "raised ValueError")  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert left == [130]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def score(completions):\n    os.kill(os.getpid(), 9)\n", ["died with SIGKILL when it was called"]),
+        (
+            "def score(completions):\n    ctypes.string_at(0)\n",
+            ["died with SIGSEGV when it was called (", "score.py:4)"],
+        ),
+        ("os.kill(os.getpid(), 15)\n", ["died with SIGTERM when it was imported"]),
+    ],
+)
+def test_a_death_is_named(write: Callable[[str], str], template: Template, code: str, words: list[str]) -> None:
+    settings = RewardSettings(function=write(f"import os\nimport ctypes\n{code}"))
+    refused(lambda: load_function(settings, TASKS, template, "rewards.0.function"), "rewards.0.function", *words)
+
+
+def test_a_rehearsal_leaves_no_trace(
+    write: Callable[[str], str], template: Template, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What import and first call build is built here too; the rehearsal's words and programs are gone."""
+    name = write(
+        "import os, subprocess, sys\nprint('imported', file=sys.stderr)\nCALLS = []\n"
+        "subprocess.Popen(['sleep', '60'], close_fds=False) if os.getpid() == os.getsid(0) else None\n"
+        "def score(completions):\n    CALLS.append(1)\n    return [len(CALLS)] * len(completions)\n"
+    )
+    begin = time.monotonic()
+    reward = load_function(RewardSettings(function=name), TASKS, template)
+    assert reward(ROLLOUT).sequence.tolist() == [2.0] * 3, "called once before, in this process"
+    assert capfd.readouterr().err.count("imported") == 1
+    assert time.monotonic() - begin < 20
+
+
+def test_a_rehearsal_that_takes_long_is_broken_off(
+    write: Callable[[str], str], template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_cli.rollouts.foreign.REHEARSAL", 0.3)
+    name = write("import os, time\nif os.getpid() == os.getsid(0): time.sleep(60)\n"
+                 "def score(completions): return [1] * len(completions)\n")  # fmt: skip
+    begin = time.monotonic()
+    assert load_function(RewardSettings(function=name), TASKS, template)(ROLLOUT).sequence.tolist() == [1.0] * 3
+    assert time.monotonic() - begin < 10
+
+
+def test_a_file_that_hangs_on_import(write: Callable[[str], str], template: Template) -> None:
+    settings = RewardSettings(function=write("import time\ntime.sleep(60)\n"), timeout=0.3)
+    refused(lambda: load_function(settings, TASKS, template), "importing it took longer than 0.3 s", "rewards.timeout")
+
+
+def test_no_way_leads_to_stdout(made: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever was printed ends in a line end."""
+    reward = made(
+        "import ctypes, os, sys\nprint('one')\nos.system('echo two')\nos.write(1, b'three ')\n"
+        "ctypes.CDLL(None).printf(b'four ')\nsys.__stdout__.write('five')\nreturn [0.0] * 3"
+    )
+    reward(ROLLOUT)
+    os.write(1, b"ours")
+    seen = capfd.readouterr()
+    assert seen.out == "ours"
+    assert seen.err.startswith("one\ntwo\nthree ")
+    assert seen.err.endswith("\n")
+    assert set(seen.err.split()) >= {"four", "five"} or "fivefour" in seen.err
+
+
 def test_a_timeout_of_the_function_itself_is_named_as_such(made: Write) -> None:
     """A network call that timed out is not our limit."""
     refused(lambda: made("raise TimeoutError('the judge did not answer')")(ROLLOUT), "TimeoutError", "the judge")
@@ -259,7 +408,13 @@ def test_a_function_that_fails_at_once_is_seen_at_load(made: Write) -> None:
         ("import no_such_module\n", ["importing it raised ModuleNotFoundError", "score.py:1"]),
         ("def score(:\n", ["importing it raised SyntaxError"]),
         ("import sys\nsys.exit(3)\n", ["importing it raised SystemExit"]),
-        ("def score(completions, /): return []\n", ["completions"]),
+        ("def score(completions, /): return []\n", ["'completions' is positional-only", "take the /"]),
+        ("def score(): return []\n", ["its signature asks for nothing"]),
+        ("def score(*every, extra=1): return []\n", ["its signature asks for nothing"]),
+        ("class score:\n    def __call__(self, completions): return []\n", ["score is a class", "score(...)"]),
+        ("score = max\n", ["its signature cannot be read"]),
+        ("def scores(completions): return []\n", ["has no function score", "did you mean 'scores'?"]),
+        ("raise KeyboardInterrupt\n", ["importing it raised KeyboardInterrupt (", "score.py:1)"]),
     ],
 )
 def test_files_that_cannot_be_used(
@@ -270,17 +425,29 @@ def test_files_that_cannot_be_used(
             kind=RecipeError)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["nowhere.py:score", "score", "folder:score", ":score", "nowhere.py:"])
-def test_no_such_file(name: str, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.py:score", ["no such file", "write file.py:function"]),
+        ("score.py", ["no function is named", "write file.py:function"]),
+        ("score.py:", ["no function is named beside the colon"]),
+        (":score", ["no file is named beside the colon"]),
+        ("folder:score", ["this is a folder"]),
+        ("score.txt:score", ["not a Python file"]),
+        ("scores.py:score", ["no such file", "did you mean 'score.py'?"]),
+        ("nowhere/score.py:score", ["no such file", "no folder nowhere"]),
+    ],
+)
+def test_no_such_file(
+    name: str, words: list[str], template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    refused(lambda: load_function(RewardSettings(function=name), TASKS, template), "no such file", kind=RecipeError)
-
-
-def test_a_file_that_is_not_python(template: Template, tmp_path: Path) -> None:
-    (tmp_path / "score.txt").write_text("hello")
-    settings = RewardSettings(function=f"{tmp_path}/score.txt:score")
-    refused(lambda: load_function(settings, TASKS, template), "not a Python file", kind=RecipeError)
+    for other in ("score.py", "score.txt", "nowhere.yaml"):
+        (tmp_path / other).write_text("hello")
+    text = refused(lambda: load_function(RewardSettings(function=name), TASKS, template, "rewards.1.function"), *words,
+                   f"rewards.1.function {name}", kind=RecipeError)  # fmt: skip
+    assert "nowhere.yaml" not in text
 
 
 # --- rows that cannot be scored, parts, rewards inside a completion ----------------------------------------

@@ -239,3 +239,8 @@ def test_the_rows_of_gsm8k() -> None:
     assert scores(found, "numeric_answer") == [1.0] * len(rows)
     wrong = rollout(*[f"{row['answer']}1" for row in rows], facts=rows)
     assert scores(wrong, "numeric_answer") == [0.0] * len(rows)
+
+
+def test_one_row_that_lacks_the_column_is_named() -> None:
+    tasks = [Task("?", f"t.jsonl:{i}", {"answer": 4, "other": 1} if i != 2 else {"other": 1}) for i in (1, 2, 3)]
+    refused(lambda: rule("numeric_answer", tasks), "t.jsonl:2: this row has no 'answer'", "2 of 3 rows", kind=DataError)

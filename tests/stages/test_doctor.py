@@ -30,7 +30,8 @@ def recipe(world: Path, base: Path, folder: Path, action: str, name: str, **more
                 "whiten_advantages": True},
         "training": {"learning_rate": 0.03, "max_steps": 8, "lr_scheduler": "linear"},
         "checkpoint": {"every": 1, "keep": 2}, "evaluation": {"samples": 1, "every": 3}, "logging": {"every": 1},
-        "doctor": {"wires": {"kl": action, "ratio": "ignore"}, "thresholds": {"kl": LIMIT}, "rollback_lr_factor": 0.1},
+        "doctor": {"wires": {"kl": action, "ratio": "ignore"}, "thresholds": {"kl": LIMIT},
+                   **({"rollback_lr_factor": 0.1} if action == "rollback" else {})},
     }  # fmt: skip
     content = w.recipe("ppo", base, world, "prompts", folder / name, **w.merged(settings, more))
     data = content["data"]
@@ -65,7 +66,7 @@ def test_a_warning_is_said_once_and_changes_nothing(wild: Wild) -> None:
     said = [line for line in warned.err.splitlines() if "over its limit" in line]
     assert len(said) == 1
     assert said[0].startswith("warning: health: the KL to the reference is ")
-    run, off = Path(wild("warn", "warned")["output_dir"]), train(wild("warn", "off", doctor={"enabled": False}))
+    run, off = Path(wild("warn", "warned")["output_dir"]), train(wild("warn", "off") | {"doctor": {"enabled": False}})
     assert "kl 0.000" in warned.err.split(said[0])[0]  # it came with the first KL over the limit
     assert w.metrics(run) == w.metrics(off)
     assert w.contents(run / "final") == w.contents(off / "final")

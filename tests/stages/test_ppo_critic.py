@@ -95,7 +95,7 @@ def test_a_shared_trunk_runs_and_is_a_plain_policy(toy: Toy, world: Path, costs:
     assert "val/grad_norm" not in rows[0]  # one step for both
     assert "critic/learning_rate" not in rows[0]
     for row in rows:
-        errors = row["loss/value"] + row.get("cost/loss_value", 0.0)
+        errors = row["loss/value"] + row.get("cost/loss/value", 0.0)
         assert row["loss"] == pytest.approx(row["loss/policy"] + 0.5 * errors, rel=1e-5)
     assert rows[0]["val/mean"] == 0.0  # a zero head
     assert rows[1]["val/mean"] != 0.0

@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_exactly(toy: Toy, world: Path, monkeypatch: pytes
     assert len(set(multiplier)) == 5
     kept = json.loads((whole / "checkpoints" / "step-000005" / "state.json").read_text())["kept"]["lagrange"]
     assert (len(kept["costs"]), kept["steps"]) == (50, 5)
-    assert ("cost/loss_value" in w.metrics(whole)[1]) == (estimator == "gae")
+    assert ("cost/loss/value" in w.metrics(whole)[1]) == (estimator == "gae")
     assert "eval/cost/mean" in w.metrics(whole)[0]
 
 

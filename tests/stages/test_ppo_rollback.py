@@ -36,7 +36,8 @@ def carrying(toy: Toy, world: Path, action: str, name: str, **more: Any) -> dict
         "rewards": [true_reward(world), cost_of(world)],
         "training": {"max_steps": 6, "learning_rate": 0.012},
         "checkpoint": {"every": 1, "keep": 6}, "logging": {"every": 1}, "evaluation": {"samples": 1},
-        "doctor": {"wires": {"kl": action, "ratio": "ignore"}, "thresholds": {"kl": LIMIT}, "rollback_lr_factor": 0.1},
+        "doctor": {"wires": {"kl": action, "ratio": "ignore"}, "thresholds": {"kl": LIMIT},
+                   **({"rollback_lr_factor": 0.1} if action == "rollback" else {})},
     }  # fmt: skip
     return content(toy, world, ppo, name, **w.merged(settings, more))
 

@@ -89,7 +89,58 @@ def test_all_cut_and_none_learned_from(toy: Toy, world: Path) -> None:
     rows = w.metrics(run)[1:]
     assert [row["completions/eos_rate"] for row in rows] == [0.0, 0.0]
     assert [row["objective/kl"] for row in rows] == [0.0, 0.0]
-    assert "every completion of this rollout was cut: there is nothing to learn from" in (run / "run.log").read_text()
+    assert [row["completions/learned_from"] for row in rows] == [0.0, 0.0]
+    log = (run / "run.log").read_text()
+    assert "every completion of this rollout was cut: there is nothing to learn from" in log
+    assert log.count("100% of the completions of the first rollout were cut") == 1
+    assert "every completion of this run was cut, and ppo.truncation: drop learns from none" in log
+
+
+def test_steps_without_a_lesson_are_a_finding_and_are_counted_across_a_stop(toy: Toy, world: Path) -> None:
+    """Though no share of cut completions is too large for this recipe."""
+    more = w.merged(SHORT, {"rollout": {"max_new_tokens": 1}, "logging": {"every": 1}})
+    more["doctor"] = {"wires": {"eos_rate": "pause"}, "thresholds": {"patience": 2, "truncated": 1.0}}
+    recipe = content(toy, world, GAE | RULES["drop"], **w.merged(more, {"training": {"max_steps": 3}}))
+    run = train(recipe, code=5)
+    (found, pause) = w.lines(run / "doctor.jsonl")
+    assert (found["step"], found["wires"], pause["kind"]) == (2, ["eos_rate"], "pause")
+    assert "every completion of the last 2 rollouts was cut" in found["sentences"][0]
+    train(recipe)
+    assert "every completion of this run was cut" in (run / "run.log").read_text()
+
+
+WHAT: dict[str, str] = {
+    "score": "each is scored as it stands", "penalty": "ppo.missing_eos_penalty = 2 is taken from each score",
+    "replace": "each gets ppo.truncated_score = -3", "bootstrap": "none is scored",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", WHAT)
+def test_all_cut_is_said_at_the_first_step(toy: Toy, world: Path, rule: str) -> None:
+    more = w.merged(SHORT, {"rollout": {"max_new_tokens": 1}, "training": {"max_steps": 1}, "data": {"eval": None}})
+    run = train(content(toy, world, GAE | RULES[rule] | {"epochs": 1}, **more))
+    (line,) = [x for x in (run / "run.log").read_text().splitlines() if "100% of the completions" in x]
+    assert WHAT[rule] in line
+    assert "raise rollout.max_new_tokens" in line
+    assert "every completion of this run was cut" not in (run / "run.log").read_text()
+
+
+LIMITS = {(3, "at_most", 1): False, (4, "at_most", 2): False, (4, "at_most", 1): True, (4, "near", 2): True,
+          (5, "at_most", 5): True}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", LIMITS)
+def test_a_length_that_is_cut_first_is_warned_of(
+    toy: Toy, world: Path, tmp_path: Path, rule: tuple[int, str, int]
+) -> None:
+    limit, aim, margin = rule
+    length = {"rule": {"name": "length", "limit": limit, "aim": aim, "margin": margin}}
+    recipe = content(toy, world, GAE, rewards=[true_reward(world), length], rollout={"max_new_tokens": 4})
+    outcome = quick("ppo", w.save(recipe, tmp_path / "recipe.yaml"), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.err.splitlines() if "reward length: its limit" in line]
+    assert len(lines) == LIMITS[rule]
+    assert all("rollout.max_new_tokens = 4" in line for line in lines)
 
 
 def test_the_groups_of_what_is_left(toy: Toy, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_one_trunk_has_the_gradient_of_both_losses(tmp_path: Path, aggregate: An
         one_step(tmp_path / name, of) for name, of in (("plain", plain), ("first", values(0)), ("second", values(1)))
     )
     assert both["loss/value"] == pytest.approx(first["loss"], rel=1e-5)
-    assert both["cost/loss_value"] == pytest.approx(second["loss"], rel=1e-5)
+    assert both["cost/loss/value"] == pytest.approx(second["loss"], rel=1e-5)
     assert both["loss"] == pytest.approx(alone["loss"] + 0.3 * (first["loss"] + second["loss"]), rel=1e-5)
     for name, tensor in moved.items():
         wanted = by_policy[name] + 0.3 * (by_first[name] + by_second[name])

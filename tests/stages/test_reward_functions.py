@@ -14,7 +14,7 @@ from tests.stages.conftest import quick, train
 
 Toy = Callable[..., dict[str, Any]]
 FUNCTIONS = """
-import sys, time
+import ctypes, os, signal, sys, time
 
 CALLS = []
 
@@ -45,6 +45,31 @@ def nothing(completions):
 
 def hangs(completions):
     time.sleep(60)
+
+
+def segv(completions):
+    ctypes.string_at(0)
+
+
+def killed(completions):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noargs():
+    return [0.0, 0.0]
+
+
+class Scorer:
+    def __call__(self, completions):
+        return [0.0] * len(completions)
+
+
+def interrupts(completions):
+    raise KeyboardInterrupt
+
+
+def huge(completions):
+    return [0.0] * (len(completions) - 1) + [10 ** 400]
 
 
 def leaves(completions):
@@ -104,8 +129,14 @@ def ppo(toy: Toy, tmp_path: Path) -> Toy:
         ("absent", 2, ("has no function absent",)),
         ("wants", 2, ("'colour'", "number")),
         ("raises", 4, ("ValueError: no such thing", "rewards.py:12")),
-        ("short", 4, ("1 scores for 2 completions",)),
-        ("text", 4, ("list of numbers",)),
+        ("short", 4, ("1 scores for 2 completions", "prompts.jsonl:1, ")),
+        ("segv", 4, ("rewards.0.function", "died with SIGSEGV when it was called", "rewards.py:36)")),
+        ("killed", 4, ("rewards.0.function", "died with SIGKILL when it was called")),
+        ("noargs", 2, ("signature",)),
+        ("Scorer", 2, ("is a class",)),
+        ("interrupts", 4, ("raised KeyboardInterrupt",)),
+        ("huge", 4, ("too large", "prompts.jsonl:2")),
+        ("text", 4, ("list of numbers", "str good for", "prompts.jsonl:1")),
         ("nothing", 4, ("NoneType",)),
         ("hangs", 4, ("longer than 1 s",)),
         ("leaves", 4, ("SystemExit",)),
@@ -121,11 +152,14 @@ def test_a_fault_at_the_first_call(ppo: Toy, function: str, code: int, said: tup
     assert time.monotonic() - begun < 30
 
 
-def test_a_missing_file(ppo: Toy) -> None:
-    content = ppo("x", rewards=[{"function": "nowhere.py:f"}])
+@pytest.mark.parametrize(
+    ("function", "said"), [("nowhere.py:f", "no such file"), ("rewards.py", "no function is named (write file.py:f")]
+)
+def test_a_missing_file(ppo: Toy, function: str, said: str) -> None:
+    content = ppo("x", rewards=[{"function": function}])
     outcome = quick("ppo", w.save(content, Path(content["output_dir"]).with_suffix(".yaml")))
     assert (outcome.code, len(outcome.errors)) == (2, 1)
-    assert "nowhere.py" in outcome.errors[0]
+    assert f"rewards.0.function {function}: {said}" in outcome.errors[0]
     assert not Path(content["output_dir"]).exists()
 
 

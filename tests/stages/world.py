@@ -151,7 +151,10 @@ def recipe(stage: str, start: Path | str, world: Path, kind: str, out: Path, **m
     """A fast recipe on the toy task: `start` is the model, `more` lies on top."""
     head = {"stage": stage, "model": {"name_or_path": str(start)}, "output_dir": str(out)}
     data = {"data": {"train": str(world / f"{kind}.jsonl"), "eval": str(world / f"{kind}-eval.jsonl")}}
-    return merged(FAST, head, data, more)
+    made = merged(FAST, head, data, more)
+    if stage == "ppo":  # which samples with rollout.max_new_tokens
+        made["evaluation"].pop("max_new_tokens", None)
+    return made
 
 
 def save(content: dict[str, Any], path: Path) -> Path:
