@@ -21,7 +21,8 @@ assert not loaded, loaded
 sys.exit(code)
 """
 UNUSED = (
-    "torch._inductor.compile_fx", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "rich", "tensorboard",
+    "torch._inductor.compile_fx", "datasets", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "rich",
+    "tensorboard",
 )  # fmt: skip
 """What a plain run, without LoRA and quantisation and on local files, has no use for before its first step."""
 TRAINS = """
