@@ -21,7 +21,7 @@ _SUBJECTS: tuple[tuple[str, str], ...] = (
     ("Loss", r"loss(/.*)?"),
     ("Rewards", r"rewards/(?!accuracies).*"),
     ("Accuracy", r"(rewards/accurac.*|accuracy|.*/accuracy)"),
-    ("Score", r"objective/(scores|rlhf_reward|non_score_reward)|score.*"),
+    ("Score", r"objective/(scores|rlhf_reward|non_score_reward|truncation_reward|lagrangian)|score.*"),
     ("KL", r"(.*/)?kl(_.*)?|policy/approxkl"),
     ("Entropy", r"(.*/)?entropy"),
     ("Log-probabilities", r"logps/.*"),
