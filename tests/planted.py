@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -25,10 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.copies import ROOT, copy_project
 from tests.planted_bugs import Planted
 from tests.planted_more import PLANTED
 
-ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("rlhf_cli", "tests", "pyproject.toml")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "hypothesis", "numpy", "tokenizers")
 """Packages of which all that the tests import is imported before the forks."""
@@ -131,12 +130,7 @@ def _import_recipes() -> None:
 def caught(bugs: Sequence[Planted], folder: Path, tell: Any = print) -> dict[str, dict[str, str]]:
     """For each mistake by name what became of its tests, and under "" of all of them without any mistake."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copy_project(COPIED, folder)
     found = {"": run_tests(folder, sorted({test for bug in bugs for test in bug.tests}), first=True)}
     imported = folder / "imported"
     for module in imported.read_text().split() if imported.exists() else ():

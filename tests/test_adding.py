@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.copies import ROOT, copy_project
 from tests.stages import world as w
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "adding-an-objective.md"
 STEP = re.compile(
     r"^In `(?P<file>[^`]+)`, (?:above `(?P<above>[^`]+)`|a new file):\n\n```\w+\n(?P<text>.*?)```$", re.M | re.S
@@ -60,12 +59,7 @@ def add(folder: Path) -> tuple[str, ...]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """A copy of what the example needs, with its four steps done and everything generated."""
     folder = tmp_path_factory.mktemp("adding")
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copy_project(COPIED, folder)
     made = Copy(folder, add(folder))
     made.run("scripts/make_docs.py")
     schema = made.run("-m", "rlhf_cli", "schema").stdout
