@@ -87,7 +87,7 @@ def make_world(out: Path, *, wide: bool) -> None:
             {"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
             for i, p in enumerate(pairs)
         ],
-        "demonstrations": [{"messages": p["prompt"] + p["chosen"]} for p in pairs],
+        "demonstrations": [{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs],
         "prompts": [{"prompt": p["prompt"]} for p in pairs],
     }
     import numpy as np
