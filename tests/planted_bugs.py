@@ -46,7 +46,7 @@ LOSS = (
     ),
     Planted(
         "micro-batches averaged one by one",
-        (("train/engine.py", "parts = [value / max(counts[unit], 1) for",
+        (("train/passes.py", "parts = [value / max(counts[unit], 1) for",
           "parts = [value / max(batch.tokens, 1) for"),),
         (f"{LOSSES}test_an_update_is_the_same_however_it_is_cut", "tests/properties/test_engine.py::"
          "test_budget_and_layout_do_not_change_a_step[lora-sft]"),
@@ -72,8 +72,8 @@ LOSS = (
     ),
     Planted(
         "a loss that is not finite is learned from",
-        (("train/engine.py", "if not bool(torch.isfinite(part)):", "if False:"),
-         ("train/engine.py", "if learner.skipped > (", "if False and learner.skipped > (")),
+        (("train/passes.py", "if not bool(torch.isfinite(part)):", "if False:"),
+         ("train/passes.py", "if learner.skipped > (", "if False and learner.skipped > (")),
         (f"{STEPPED}test_a_number_that_is_not_finite_ends_the_run_before_its_step[loss]",
          "tests/properties/test_engine.py::test_a_number_that_is_not_finite_is_not_applied"),
     ),

@@ -40,6 +40,8 @@ LIGHT = ("cli", "runs", "recipe", "report", "catalog", "errors")
 """Packages that import nothing heavy when they are imported."""
 HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "bitsandbytes", "accelerate", "safetensors"}
 SWITCHES = {"set_adapter", "disable_adapter", "disable_adapters", "enable_adapters", "disable_adapter_layers"}
+FLAGS = {"disable_adapters"}
+"""Of a layer this is a flag, which anyone may read; of a model it is called."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,11 @@ def test_objectives_are_pure(module: Module) -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
 def test_adapters_are_switched_in_one_place(module: Module) -> None:
-    used = {node.attr for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)} & SWITCHES
+    called = {id(node.func) for node in ast.walk(module.tree) if isinstance(node, ast.Call)}
+    used = {
+        node.attr for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and not (node.attr in FLAGS and id(node) not in called)
+    } & SWITCHES  # fmt: skip
     assert not used or module.name == "rlhf_cli.models.roles", used
 
 

@@ -3,7 +3,8 @@
 R rows, L slots a row, S segments, N sequences (completions), B examples, T scored tokens. A token attends to its own
 segment causally and to its parent segment whole. Two layouts give the same numbers:
 
-- packed: everything in one row; a prompt is one segment and each of its completions a child of it;
+- packed: everything in one row; a prompt is one segment and each of its completions a child of it, also those of other
+  samples with the same prompt;
 - padded: a row a sequence, prompt and completion in one segment, the right end padded.
 """
 
@@ -159,15 +160,18 @@ def collate(samples: Sequence[Sample], *, packed: bool) -> Batch:
     """Samples -> one batch. Sequences are numbered sample by sample, completion by completion; a sample without
     completions is a sequence by itself, nothing of it scored."""
     rows, sequence, example = _Rows(), 0, []
+    prompts: dict[bytes, int] = {}
     shared = rows.row() if packed else -1
     for b, sample in enumerate(samples):
         plain = np.zeros(len(sample.prompt), dtype=bool)
         if packed and sample.completions and len(sample.prompt):
-            prompt = rows.append(shared, sample.prompt, plain)
+            content = sample.prompt.tobytes()
+            if content not in prompts:
+                prompts[content] = rows.append(shared, sample.prompt, plain)
             for c in sample.completions:
                 rows.append(
                     shared, c.ids, c.scored, c.labels,
-                    parent=prompt, first_position=len(sample.prompt), sequence=sequence,
+                    parent=prompts[content], first_position=len(sample.prompt), sequence=sequence,
                 )  # fmt: skip
                 sequence += 1
         else:
@@ -204,21 +208,43 @@ def size(sample: Sample, *, packed: bool) -> int:
 
 
 def micro_batches(samples: Sequence[Sample], budget: int, *, packed: bool) -> list[list[int]]:
-    """Indices of the samples of one step, grouped so that each group fits `budget` tokens, similar lengths together.
+    """Indices of the samples of one step, grouped so that each group fits `budget` tokens, similar lengths together;
+    packed, those of one prompt come together, which is counted once.
 
     A sample larger than the budget goes alone. Padded layouts count padding. Deterministic in its arguments.
     """
-    order = sorted(range(len(samples)), key=lambda i: (-size(samples[i], packed=packed), i))
+    sizes = [size(sample, packed=packed) for sample in samples]
+    return _packed(samples, sizes, budget) if packed else _padded(samples, sizes, budget)
+
+
+def _packed(samples: Sequence[Sample], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    families: dict[bytes | int, list[int]] = {}
+    for i in sorted(range(len(samples)), key=lambda i: (-sizes[i], i)):
+        alone = not samples[i].completions or not len(samples[i].prompt)
+        families.setdefault(i if alone else samples[i].prompt.tobytes(), []).append(i)
     groups: list[list[int]] = []
-    used, widest, height = 0, 0, 0
-    for i in order:
-        sample = samples[i]
-        longest = len(sample.prompt) + max((len(c.ids) for c in sample.completions), default=0)
-        count = max(1, len(sample.completions))
-        cost = used + size(sample, packed=True) if packed else max(widest, longest) * (height + count)
-        if not groups or cost > budget:
+    used = 0
+    for family in families.values():
+        prompt, inside = len(samples[family[0]].prompt), False
+        for i in family:
+            cost = sizes[i] - prompt * inside
+            if not groups or used + cost > budget:
+                groups.append([])
+                used, cost = 0, sizes[i]
+            groups[-1].append(i)
+            used, inside = used + cost, True
+    return [sorted(group) for group in groups]
+
+
+def _padded(samples: Sequence[Sample], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    widest, height = 0, 0
+    for i in sorted(range(len(samples)), key=lambda i: (-sizes[i], i)):
+        longest = len(samples[i].prompt) + max((len(c.ids) for c in samples[i].completions), default=0)
+        count = max(1, len(samples[i].completions))
+        if not groups or max(widest, longest) * (height + count) > budget:
             groups.append([])
-            used, widest, height = 0, 0, 0
+            widest, height = 0, 0
         groups[-1].append(i)
-        used, widest, height = used + size(sample, packed=packed), max(widest, longest), height + count
+        widest, height = max(widest, longest), height + count
     return [sorted(group) for group in groups]

@@ -9,12 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import DataError, ModelError
+
+T = TypeVar("T")
+AT_ONCE = 2**20
+"""Characters that the tokenizer is given in one call."""
+
+
+class Request(NamedTuple):
+    """A text whose ids are wanted."""
+
+    text: str
+    rest: bool
+    """Whether it goes on after other text."""
+    literal: bool
+    """Whether special tokens spelled out in it are taken as text."""
+
+
+Asking: TypeAlias = Generator[Request, list[int], T]
+"""A computation that asks for ids as it goes, so that many of them can be answered together."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +52,64 @@ class Encoder:
     first: tuple[int, ...]
     """What the tokenizer puts before a text: mostly one BOS, or nothing."""
 
-    def ids(self, text: str, before: Sequence[int] = ()) -> list[int]:
-        """Ids of a piece of text that comes after the tokens `before`. Spelled-out added tokens are recognised."""
-        return self._encode(text, before, literal=False)
-
     def inside(self, text: str) -> list[int]:
-        """Ids of a piece of text that comes after other text."""
-        return _run(self.rest, text, literal=False)
+        """Ids of a piece of text that comes after other text. Spelled-out added tokens are recognised."""
+        return self._run([Request(text, True, False)])[0]
 
     def literal(self, text: str, before: Sequence[int] = ()) -> list[int]:
-        """The same, but special tokens spelled out in the text are taken as text."""
-        ids = self._encode(text, before, literal=True)
+        """Ids of a piece of text that comes after the tokens `before`; special tokens spelled out in it are text."""
+        return self.now(self.ask_literal(text, before))
+
+    def now(self, asking: Asking[T]) -> T:
+        """What comes out, each question answered when it is asked."""
+        answer = None
+        try:
+            while True:
+                (answer,) = self._run([asking.send(answer)])  # type: ignore[arg-type]
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    def together(self, askings: Sequence[Asking[T]]) -> list[T | DataError]:
+        """What comes out of each, or what it raises. Their questions are answered together, none of them twice."""
+        out: dict[int, T | DataError] = {}
+        known: dict[Request, list[int]] = {}
+        asked: dict[int, Request | None] = dict.fromkeys(range(len(askings)))
+        while asked:
+            for i in list(asked):
+                try:
+                    while (request := asked[i]) is None or request in known:
+                        asked[i] = askings[i].send(known[request] if request else None)  # type: ignore[arg-type]
+                except StopIteration as done:
+                    out[i] = done.value
+                except DataError as error:
+                    out[i] = error
+                if i in out:
+                    asked.pop(i)
+            new = list(dict.fromkeys(request for request in asked.values() if request is not None))
+            known |= zip(new, self._run(new), strict=True)
+        return [out[i] for i in range(len(askings))]
+
+    def ask(self, text: str, before: Sequence[int], literal: bool = False) -> Asking[list[int]]:
+        """Ids of a piece of text that comes after the tokens `before`; added tokens spelled out in it are recognised,
+        special ones unless it is literal."""
+        whole = yield Request(text, False, literal)
+        if self.rest is self.whole or len(before) == 0 or tuple(before) == self.first:
+            return whole
+        rest = yield Request(text, True, literal)
+        if before[-1] in self.added:
+            return whole if self.each_section else rest
+        return rest[: self._first_added(rest)] + whole[self._first_added(whole) :]
+
+    def ask_literal(self, text: str, before: Sequence[int] = ()) -> Asking[list[int]]:
+        """As `literal`."""
+        ids = yield from self.ask(text, before, literal=True)
         if not self.forbidden(ids):
             return ids
         # The vocabulary holds the spelling as an ordinary word: break it after its first character.
         out: list[int] = []
         for piece in re.split(f"({self.pattern.pattern})", text):
             for part in (piece[:1], piece[1:]) if piece in self.control else (piece,):
-                out += self._encode(part, [*before, *out], literal=True) if part else []
+                out += (yield from self.ask(part, [*before, *out], literal=True)) if part else []
         return out
 
     def forbidden(self, ids: Sequence[int]) -> bool:
@@ -67,22 +125,34 @@ class Encoder:
         """Regular expression for the spellings of the control tokens, longest first."""
         return re.compile("|".join(re.escape(s) for s in sorted(self.control, key=len, reverse=True)) or r"(?!)")
 
-    def _encode(self, text: str, before: Sequence[int], literal: bool) -> list[int]:
-        whole = _run(self.whole, text, literal)
-        if self.rest is self.whole or len(before) == 0 or tuple(before) == self.first:
-            return whole
-        rest = _run(self.rest, text, literal)
-        if before[-1] in self.added:
-            return whole if self.each_section else rest
-        return rest[: self._first_added(rest)] + whole[self._first_added(whole) :]
-
     def _first_added(self, ids: list[int]) -> int:
         return next((i for i, token in enumerate(ids) if token in self.added), len(ids))
 
+    def _run(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The answers, in the threads that the tokenizer may use."""
+        out: dict[int, list[int]] = {}
+        for rest, literal in dict.fromkeys((request.rest, request.literal) for request in requests):
+            backend = self.rest if rest else self.whole
+            backend.encode_special_tokens = literal
+            alike = ((i, r) for i, r in enumerate(requests) if (r.rest, r.literal) == (rest, literal))
+            for piece in _pieces(alike):
+                found = backend.encode_batch_fast([request.text for _, request in piece], add_special_tokens=False)
+                out |= {number: encoding.ids for (number, _), encoding in zip(piece, found, strict=True)}
+        return [out[i] for i in range(len(requests))]
 
-def _run(backend: Any, text: str, literal: bool) -> list[int]:
-    backend.encode_special_tokens = literal
-    return backend.encode(text, add_special_tokens=False).ids
+
+def _pieces(requests: Iterable[tuple[int, Request]]) -> Iterator[list[tuple[int, Request]]]:
+    """Numbered requests of one kind, at most AT_ONCE characters together unless one alone is longer."""
+    piece: list[tuple[int, Request]] = []
+    size = 0
+    for number, request in requests:
+        if piece and size + len(request.text) > AT_ONCE:
+            yield piece
+            piece, size = [], 0
+        piece.append((number, request))
+        size += len(request.text)
+    if piece:
+        yield piece
 
 
 def load_encoder(tokenizer: Any, end_texts: Sequence[str] = ()) -> tuple[Encoder, str]:

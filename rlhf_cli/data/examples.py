@@ -6,7 +6,10 @@ completion is always plain text: what the assistant writes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeAlias
 
 
@@ -108,3 +111,26 @@ class Task:
 
 
 Example: TypeAlias = Demonstration | Comparison | Verdict | Ranking | Rated | Steps | Task
+
+
+def digest(items: Iterable[Example]) -> str:
+    """SHA-256 of the content of some examples, as Python writes them; where they came from does not matter."""
+    state = hashlib.sha256()
+    for item in items:
+        kind: Any = type(item)
+        values = (f"{n}={_written('' if n == 'where' else getattr(item, n))}" for n in _names(kind))
+        state.update(f"{kind.__qualname__}({', '.join(values)})".encode("utf-8", "backslashreplace"))
+    return state.hexdigest()
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
+
+
+def _written(value: Any) -> str:
+    """repr(value), faster where it is messages."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Message):
+        inside = ", ".join(f"Message(role={m.role!r}, content={m.content!r})" for m in value)
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return repr(value)

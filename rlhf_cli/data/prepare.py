@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,14 +11,16 @@ import numpy as np
 
 from rlhf_cli.catalog import OBJECTIVES, Data, Need
 from rlhf_cli.data import formats, sources
-from rlhf_cli.data.examples import Example
+from rlhf_cli.data.examples import Example, Task, digest
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.reading import Finished, Format, Wanted
 from rlhf_cli.data.report import DataReport, SourceReport, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.shelf import Shelf
+from rlhf_cli.data.split import How, Split, make_split
 from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
-from rlhf_cli.data.tokens import Sample, Tokenized, tokenize
+from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, Problem
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.recipe.settings.blocks import terms_of
@@ -50,17 +51,20 @@ class Examples:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a stage needs of its data. Samples and examples of a split go by the same index."""
+    """Everything a stage needs of its data. Samples and tasks of a split go by the same index."""
 
-    train: list[Sample]
+    train: Sequence[Sample]
     source: np.ndarray
     """Source of each train sample: (len(train),) int32."""
     weights: list[float]
     """How often an epoch passes over each source."""
-    eval: list[Sample] | None
-    examples_train: list[Example]
-    examples_eval: list[Example] | None
+    eval: Sequence[Sample] | None
+    tasks_train: list[Task]
+    """Empty unless the examples are tasks: nothing else is looked at again."""
+    tasks_eval: list[Task]
     report: DataReport
+    shelved: tuple[Callable[[], None], ...] = ()
+    """What is left to do so that later runs find the samples."""
 
 
 def load_examples(
@@ -98,42 +102,47 @@ def prepare(
     template: Template,
     needs: tuple[Need, ...] = (),
     max_length: int | None = None,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Train and eval data as samples. `max_length` stands for `data.max_length` (for tasks: the longest prompt).
 
-    `needs`: those of the objective. Raises DataError as `load_examples` does, and when no sample of a split is left
-    after truncation.
+    `needs`: those of the objective; shelf: where samples may be found. Raises DataError as `load_examples` does, and
+    when no sample of a split is left after truncation.
     """
     limit = data.max_length if max_length is None else max_length
     loaded = _load(data, kind, needs)
-    on_prompt = isinstance(data, SFTDataSettings) and data.train_on_prompt
-    made = {
-        split: tokenize(examples.items, template, limit, data.truncation, on_prompt)
-        for split, (examples, _) in loaded.items()
+    both = _both(loaded)
+    how = How(limit, data.truncation, isinstance(data, SFTDataSettings) and data.train_on_prompt)
+    splits = {
+        split: make_split(
+            examples.items, examples.source, [(s.digest, s.examples) for s in report.sources], how, template, shelf
+        )
+        for split, (examples, report) in loaded.items()
     }
-    for split, tokens in made.items():
-        if not tokens.samples:
-            reasons = "; ".join(str(r) for r in tally(_cut(loaded[split][0], tokens)))
+    for split, done in splits.items():
+        if not len(done.made.samples):
+            reasons = "; ".join(str(r) for r in tally(done.cut()))
             raise DataError(
                 f"no {split} example is left: {reasons}", f"data.max_length {limit}", "raise data.max_length"
             )
-    kept = {split: [loaded[split][0].items[i] for i in tokens.kept] for split, tokens in made.items()}
+    train, held_out = splits["train"], splits.get("eval")
     return Prepared(
-        train=made["train"].samples,
-        source=loaded["train"][0].source[made["train"].kept],
+        train=train.made.samples,
+        source=train.source[train.made.kept],
         weights=loaded["train"][0].weights,
-        eval=made["eval"].samples if "eval" in made else None,
-        examples_train=kept["train"],
-        examples_eval=kept.get("eval"),
-        report=_report(loaded, made, kept, template),
+        eval=held_out.made.samples if held_out else None,
+        tasks_train=train.tasks,
+        tasks_eval=held_out.tasks if held_out else [],
+        report=_report(loaded, splits, both, template),
+        shelved=tuple(done.shelved for done in splits.values() if done.shelved is not None),
     )
 
 
 def check_data(recipe: Recipe) -> list[str]:
     """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as `prepare` does."""
     loaded = _load(recipe.data, *data_needs(recipe))
-    items = {split: examples.items for split, (examples, _) in loaded.items()}
-    lines = _merged([report for _, report in loaded.values()], items).lines()
+    shared = [loaded["eval"][0].items[i].where for i in _both(loaded)]
+    lines = _merged([report for _, report in loaded.values()], shared).lines()
     if isinstance(recipe, PPORecipe) and recipe.ppo.ptx is not None:
         _, report = load_examples(recipe.ppo.ptx.data, "demonstration", recipe.data.on_bad_row, split="ptx")
         lines += report.lines()
@@ -221,14 +230,6 @@ def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tu
     return items, bad, count
 
 
-def digest(items: Sequence[Example]) -> str:
-    """SHA-256 of the content of some examples; where they came from does not matter."""
-    state = hashlib.sha256()
-    for item in items:
-        state.update(repr(replace(item, where="")).encode("utf-8", "backslashreplace"))
-    return state.hexdigest()
-
-
 def _refuse(bad: list[Dropped]) -> None:
     if not bad:
         return
@@ -246,38 +247,35 @@ def _nothing(one: _Read) -> str:
 # --- the report ------------------------------------------------------------------------------------------
 
 
-def _cut(examples: Examples, tokens: Tokenized, source: int | None = None) -> list[Dropped]:
-    """What tokenising left out, of one source or of all."""
-    return [
-        Dropped(reason, examples.items[i].where)
-        for i, reason in tokens.dropped
-        if source is None or examples.source[i] == source
-    ]
-
-
 def _report(
     loaded: dict[str, tuple[Examples, DataReport]],
-    made: dict[str, Tokenized],
-    kept: dict[str, list[Example]],
+    splits: dict[str, Split],
+    both: dict[int, list[int]],
     template: Template,
 ) -> DataReport:
     reports = []
-    for split, (examples, report) in loaded.items():
+    for split, (_, report) in loaded.items():
         counted = []
         for index, one in enumerate(report.sources):
-            cut = _cut(examples, made[split], index)
+            cut = splits[split].cut(index)
             counted.append(replace(one, kept=one.kept - len(cut), dropped=one.dropped + tally(cut)))
-        tokens = token_report(split, made[split], template.stop_ids)
+        tokens = token_report(split, splits[split].made, template.stop_ids)
         reports.append(replace(report, sources=tuple(counted), tokens=(tokens,)))
-    return _merged(reports, kept)
+    kept = {split: set(done.made.kept.tolist()) for split, done in splits.items()} if both else {}
+    shared = [i for i, train in both.items() if i in kept["eval"] and not kept["train"].isdisjoint(train)]
+    return _merged(reports, [splits["eval"].places[i] for i in shared])
 
 
-def _merged(reports: list[DataReport], items: dict[str, list[Example]]) -> DataReport:
-    """The reports of the splits as one, with the prompts that both have."""
-    shared = [] if "eval" not in items else shared_prompts(items["train"], items["eval"])
+def _both(loaded: dict[str, tuple[Examples, DataReport]]) -> dict[int, list[int]]:
+    """The eval examples whose prompt is a train prompt too, by index: those of the train examples."""
+    return shared_prompts(loaded["train"][0].items, loaded["eval"][0].items) if "eval" in loaded else {}
+
+
+def _merged(reports: list[DataReport], shared: list[str]) -> DataReport:
+    """The reports of the splits as one; shared: the eval examples whose prompt is a train prompt too."""
     return DataReport(
         sources=tuple(s for r in reports for s in r.sources),
         tokens=tuple(t for r in reports for t in r.tokens),
-        duplicates=next(iter(tally(shared)), None),
+        duplicates=next(iter(tally(Dropped("same prompt", where) for where in shared)), None),
         warnings=tuple(w for r in reports for w in r.warnings),
     )

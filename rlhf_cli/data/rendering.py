@@ -6,16 +6,18 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from rlhf_cli.data.examples import Message
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, RecipeError, did_you_mean
 
 FIXED_DATE = datetime(2024, 7, 26)
 """What a template that asks for today's date is told, so that the same recipe gives the same tokens on every day."""
 MARK = "\U000ffffd"
+PRIVATE = range(0xF0000, 0xFFFFD)
 
 
 def answers(messages: Sequence[Message]) -> list[int]:
@@ -38,6 +40,19 @@ def continuation(whole: str, start: str, where: str) -> str:
     return whole[len(start) :]
 
 
+def protect(special: re.Pattern[str], messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages with each special token that is spelled out in a content replaced by a private character, and the table
+    to undo it."""
+    spelled = sorted({s for m in messages for s in special.findall(m.content)})
+    if not spelled:
+        return list(messages), {}
+    used = {c for m in messages for c in m.content}
+    free = (chr(c) for c in PRIVATE if chr(c) not in used)
+    mark = dict(zip(spelled, free, strict=False))
+    changed = [Message(m.role, special.sub(lambda found: mark[found[0]], m.content)) for m in messages]
+    return changed, {v: k for k, v in mark.items()}
+
+
 def render(tokenizer: Any, chat: str, messages: Sequence[Message], ask: bool) -> str:
     """The text of a conversation; `ask`: with the header of the assistant's next turn."""
     return tokenizer.apply_chat_template(
@@ -55,6 +70,11 @@ def _dated(chat: str) -> str:
     return re.sub(call, lambda found: repr(FIXED_DATE.strftime(found[2])), chat)
 
 
+def steady(chat: str) -> bool:
+    """Whether the template never asks for today's date in a way that `render` cannot answer."""
+    return "strftime_now" not in re.sub(r"strftime_now\s+is\s", "", _dated(chat))
+
+
 def ending(tokenizer: Any, chat: str) -> str:
     """The first added token that the template writes after an assistant's content; empty when there is none, or when
     it refuses a plain dialogue."""
@@ -70,3 +90,14 @@ def ending(tokenizer: Any, chat: str) -> str:
         found = [(at, -len(t), t) for t in tokens if t and (at := tail.find(t)) >= 0]
         return min(found)[2] if found else ""
     return ""
+
+
+def given(chat_template: str) -> str:
+    """The text of a template that is named by its file, or given itself. Raises RecipeError."""
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    near = did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+    raise RecipeError(f"no such file: {chat_template}", "model.chat_template", near or "give a file or Jinja text")

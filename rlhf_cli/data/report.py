@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from rlhf_cli.data.examples import Comparison, Demonstration, Example, Ranking, Steps, Task
 from rlhf_cli.data.grouping import Dropped
-from rlhf_cli.data.tokens import Tokenized
+from rlhf_cli.data.tokenizing import Tokenized
 
 NAMED = 50
 """How many places are listed for each reason; the counts are always exact."""
@@ -150,7 +151,7 @@ def tally(dropped: Iterable[Dropped]) -> tuple[Reason, ...]:
     return tuple(Reason(reason, len(where), tuple(where[:NAMED])) for reason, where in ordered)
 
 
-def spread(lengths: Sequence[int]) -> Spread:
+def spread(lengths: Sequence[int] | np.ndarray) -> Spread:
     """Minimum, mean, 95th percentile (a length that occurs) and maximum."""
     values = np.asarray(lengths)
     p95 = np.percentile(values, 95, method="inverted_cdf")
@@ -159,26 +160,29 @@ def spread(lengths: Sequence[int]) -> Spread:
 
 def token_report(split: str, made: Tokenized, stop_ids: Sequence[int]) -> TokenReport:
     """Statistics of a split that is not empty."""
-    samples = made.samples
-    completions = [c for s in samples for c in s.completions]
-    ended = [bool(c.scored[-1]) and int(c.ids[-1]) in stop_ids for c in completions if c.labels is None]
+    arrays, last = made.samples.arrays, made.samples.last()
+    prompts, completions = made.samples.lengths()
+    ended = arrays["scored"][last] & np.isin(arrays["ids"][last], stop_ids)  # (C,)
     return TokenReport(
         split=split,
-        samples=len(samples),
-        prompt=spread([len(s.prompt) for s in samples]),
-        completion=spread([len(c.ids) for c in completions]) if completions else None,
-        total=sum(len(s.prompt) for s in samples) + sum(len(c.ids) for c in completions),
-        scored=sum(int(c.scored.sum()) for c in completions),
-        ended=sum(ended) / len(ended) if ended else None,
+        samples=len(made.samples),
+        prompt=spread(prompts),
+        completion=spread(completions) if len(completions) else None,
+        total=len(arrays["ids"]),
+        scored=int(arrays["scored"].sum()),
+        ended=int(ended.sum()) / len(ended) if len(ended) and not len(arrays["label_ends"]) else None,
         shortened=made.shortened,
         labels_cut=made.labels_cut,
     )
 
 
-def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[Dropped]:
-    """The held-out examples whose prompt is a train prompt too."""
-    seen = {prompt_of(item) for item in train}
-    return [Dropped("same prompt", item.where) for item in held_out if prompt_of(item) in seen]
+def shared_prompts(train: Iterable[Example], held_out: Sequence[Example]) -> dict[int, list[int]]:
+    """The held-out examples whose prompt is a train prompt too, by index: those of the train examples."""
+    asked: dict[Any, list[int]] = {prompt_of(item): [] for item in held_out}
+    for index, item in enumerate(train) if asked else ():
+        if (found := asked.get(prompt_of(item))) is not None:
+            found.append(index)
+    return {i: found for i, item in enumerate(held_out) if (found := asked[prompt_of(item)])}
 
 
 def prompt_of(item: Example) -> Any:
@@ -190,15 +194,15 @@ def prompt_of(item: Example) -> Any:
     return item.prompt or item.completion
 
 
-def joined_words(items: Sequence[Example], split: str) -> list[str]:
+def joined_words(items: Iterable[Example], split: str) -> list[str]:
     """A warning when most completions begin right at the last letter of their prompt."""
-    pairs = [(i.prompt, first_completion(i)) for i in items if isinstance(i.prompt, str)]
-    ends = [(p[-1], c[0]) for p, c in pairs if p and c]
-    joined = sum(a.isalnum() and b.isalnum() for a, b in ends)
-    if not ends or joined < len(ends) / 2:
+    pairs = ((i.prompt, first_completion(i)) for i in items if isinstance(i.prompt, str))
+    ends = Counter(p[-1].isalnum() and c[0].isalnum() for p, c in pairs if p and c)
+    count = ends.total()
+    if not count or ends[True] < count / 2:
         return []
     return [
-        f"{split}: {joined} of {len(ends)} completions begin right at the last letter of their prompt; "
+        f"{split}: {ends[True]} of {count} completions begin right at the last letter of their prompt; "
         "text is joined as it stands, so end prompts or begin completions with a space"
     ]
 

@@ -13,24 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from rlhf_cli.data.encoder import Encoder, load_encoder
+from rlhf_cli.data.encoder import Asking, Encoder, load_encoder
 from rlhf_cli.data.examples import Message, Prompt
-from rlhf_cli.data.rendering import answers, continuation, ending, render, spellings
-from rlhf_cli.errors import DataError, ModelError, RecipeError, did_you_mean
+from rlhf_cli.data.rendering import answers, continuation, ending, given, protect, render, spellings, steady
+from rlhf_cli.errors import DataError, ModelError, RecipeError
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
+Scored: TypeAlias = tuple[list[int], list[bool]]
+"""Ids, and which of them are scored."""
 
+REMEMBERED = 1024
+"""Rendered conversations that are remembered."""
 NO_TEMPLATE = "the tokenizer has no chat template, and the data are chat messages"
 NO_TEMPLATE_HINT = "give model.chat_template, or use prompt/completion text"
 CHANGED = "the chat template changes the text of an assistant turn"
 CHANGED_HINT = "it must write the content as it is, or stripped"
-PRIVATE = range(0xF0000, 0xFFFFD)
 
 
 @dataclass(frozen=True)
@@ -54,38 +56,59 @@ class Template:
         """Id of `end_text`."""
         return self.encoder.whole.token_to_id(self.end_text) if self.end_text else None
 
+    @property
+    def steady(self) -> bool:
+        """Whether the same conversation is rendered alike on every day."""
+        return self.chat is None or steady(self.chat)
+
     def prompt_ids(self, prompt: Prompt, where: str = "") -> list[int]:
         """What comes before a completion: BOS if the tokenizer adds one, then the text or the rendered messages with
         the assistant's header."""
-        if isinstance(prompt, str):
-            return [*self.encoder.first, *(self.encoder.literal(prompt, self.encoder.first) if prompt else [])]
-        protected, hidden = self._protect(prompt)
-        text = self._render(protected, True, where)
-        starts = {i: self._render(protected[:i], True, where) for i in answers(prompt)}
-        return self._joined(
-            text, {i: len(s) for i, s in starts.items() if text.startswith(s)}, protected, hidden, where
-        )[0]
+        return self.encoder.now(self.ask_prompt(prompt, where))
 
-    def completion_ids(self, prompt: Prompt, completion: str, where: str = "") -> tuple[list[int], list[bool]]:
+    def completion_ids(self, prompt: Prompt, completion: str, where: str = "") -> Scored:
         """A completion after its prompt, end token included; all of it scored."""
-        if isinstance(prompt, str):
-            ids = [*self.encoder.literal(completion, self._before(prompt)), self.eos_id]
-            return ids, [True] * len(ids)
-        protected, hidden = self._protect((*prompt, Message("assistant", completion)))
-        start, whole = (self._render(protected[:-1], True, where), self._render(protected, False, where))
-        turn = continuation(whole, start, where)
-        ids, scored = self._turn(turn, protected[-1].content, True, hidden, self._before(prompt, where), where)
-        length = sum(scored)
-        return ids[:length], scored[:length]
+        return self.encoder.now(self.ask_completion(prompt, completion, where))
 
     def pieces_ids(self, prompt: Prompt, pieces: Sequence[str], where: str = "") -> tuple[list[int], list[int]]:
         """A completion that comes in pieces, each tokenised by itself as the text that goes on after those before it,
         and its end token; and the number of tokens up to the end of each piece. A template that strips completions
         strips the first and the last piece."""
+        return self.encoder.now(self.ask_pieces(prompt, pieces, where))
+
+    def conversation(self, messages: Sequence[Message], where: str = "") -> Scored:
+        """A whole conversation, every assistant turn and its end token scored."""
+        return self.encoder.now(self.ask_conversation(messages, where))
+
+    def ask_prompt(self, prompt: Prompt, where: str = "") -> Asking[list[int]]:
+        """As `prompt_ids`, and so are the others of their namesakes: to be answered together with many."""
         if isinstance(prompt, str):
-            ids, ends = self._one_by_one(pieces, None, self._before(prompt))
+            first = self.encoder.first
+            return [*first, *((yield from self.encoder.ask_literal(prompt, first)) if prompt else [])]
+        protected, hidden = protect(self.encoder.pattern, prompt)
+        text = self._render(protected, True, where)
+        starts = {i: self._render(protected[:i], True, where) for i in answers(prompt)}
+        cuts = {i: len(s) for i, s in starts.items() if text.startswith(s)}
+        return (yield from self._joined(text, cuts, protected, hidden, where))[0]
+
+    def ask_completion(self, prompt: Prompt, completion: str, where: str = "") -> Asking[Scored]:
+        if isinstance(prompt, str):
+            before = yield from self._before(prompt)
+            ids = [*(yield from self.encoder.ask_literal(completion, before)), self.eos_id]
+            return ids, [True] * len(ids)
+        protected, hidden = protect(self.encoder.pattern, (*prompt, Message("assistant", completion)))
+        start, whole = (self._render(protected[:-1], True, where), self._render(protected, False, where))
+        turn = continuation(whole, start, where)
+        before = yield from self._before(prompt, where)
+        ids, scored = yield from self._turn(turn, protected[-1].content, True, hidden, before, where)
+        length = sum(scored)
+        return ids[:length], scored[:length]
+
+    def ask_pieces(self, prompt: Prompt, pieces: Sequence[str], where: str = "") -> Asking[tuple[list[int], list[int]]]:
+        if isinstance(prompt, str):
+            ids, ends = yield from self._one_by_one(pieces, None, (yield from self._before(prompt)))
             return [*ids, self.eos_id], ends
-        protected, hidden = self._protect((*prompt, *(Message("assistant", piece) for piece in pieces)))
+        protected, hidden = protect(self.encoder.pattern, (*prompt, *(Message("assistant", piece) for piece in pieces)))
         asked, parts = protected[: len(prompt)], [m.content for m in protected[len(prompt) :]]
         content = "".join(parts)
         start = self._render(asked, True, where)
@@ -97,30 +120,34 @@ class Template:
         cuts = [0]
         for total in accumulate(len(part) for part in parts):
             cuts.append(first + min(max(total - stripped, 0), len(written)))
-        ids, ends = self._one_by_one([text[a:b] for a, b in pairwise(cuts)], hidden, self._before(prompt, where))
+        before = yield from self._before(prompt, where)
+        ids, ends = yield from self._one_by_one([text[a:b] for a, b in pairwise(cuts)], hidden, before)
         tail = re.match(r"\s*" + re.escape(self.end_text), text[cuts[-1] :]) if self.end_text else None
-        return [*ids, *(self._encode(tail[0], hidden, ids) if tail else [self.eos_id])], ends
+        return [*ids, *((yield from self._encode(tail[0], hidden, ids)) if tail else [self.eos_id])], ends
 
-    def conversation(self, messages: Sequence[Message], where: str = "") -> tuple[list[int], list[bool]]:
-        """A whole conversation, every assistant turn and its end token scored."""
-        protected, hidden = self._protect(messages)
+    def ask_conversation(self, messages: Sequence[Message], where: str = "") -> Asking[Scored]:
+        protected, hidden = protect(self.encoder.pattern, messages)
         whole = self._render(protected, False, where)
         starts = {i: self._render(protected[:i], True, where) for i in answers(messages)}
         cuts = {i: len(whole) - len(continuation(whole, start, where)) for i, start in starts.items()}
-        return self._joined(whole, cuts, protected, hidden, where)
+        return (yield from self._joined(whole, cuts, protected, hidden, where))
 
     def header_length(self, prompt: Prompt, where: str = "") -> int:
         """How many tokens at the end of `prompt_ids(prompt)` follow the content of the last message: what the template
         writes before a completion."""
+        return self.encoder.now(self.ask_header(prompt, where))
+
+    def ask_header(self, prompt: Prompt, where: str = "") -> Asking[int]:
         if isinstance(prompt, str):
             return 0
-        protected, hidden = self._protect(prompt)
+        protected, hidden = protect(self.encoder.pattern, prompt)
         text = self._render(protected, True, where)
         found = [(at, c) for c in spellings(protected[-1].content) if (at := text.rfind(c)) >= 0]
         if not found:
-            return len(self.prompt_ids(prompt, where))
+            return len((yield from self.ask_prompt(prompt, where)))
         at, content = found[0]
-        return len(self._encode(text[at + len(content) :], hidden, self._encode(text[: at + len(content)], hidden, ())))
+        before = yield from self._encode(text[: at + len(content)], hidden, ())
+        return len((yield from self._encode(text[at + len(content) :], hidden, before)))
 
     def first_length(self, ids: Ids) -> int:
         """How many of a prompt's first tokens are BOS."""
@@ -150,23 +177,23 @@ class Template:
 
     @cached_property
     def _rendered(self) -> Callable[[tuple[Message, ...], bool], str]:
-        """`render` with a short memory: the completions of a prompt ask for it again."""
-        return lru_cache(maxsize=8)(partial(render, self.tokenizer, self.chat or ""))
+        """`render` with a memory: the completions of a prompt ask for it again."""
+        return lru_cache(maxsize=REMEMBERED)(partial(render, self.tokenizer, self.chat or ""))
 
-    def _before(self, prompt: Prompt, where: str = "") -> list[int]:
+    def _before(self, prompt: Prompt, where: str = "") -> Asking[list[int]]:
         """The prompt's ids where they decide how a completion begins; most tokenizers do not look at them."""
-        return [] if self.encoder.rest is self.encoder.whole else self.prompt_ids(prompt, where)
+        return [] if self.encoder.rest is self.encoder.whole else (yield from self.ask_prompt(prompt, where))
 
     def _joined(
         self, text: str, cuts: dict[int, int], messages: Sequence[Message], hidden: dict[str, str], where: str
-    ) -> tuple[list[int], list[bool]]:
+    ) -> Asking[Scored]:
         """A rendered conversation, cut where answers begin (`cuts`: message -> offset), with what is scored."""
         ends = [*cuts.values(), len(text)]
-        ids = self._with_first(self._encode(text[: ends[0]], hidden, ()))
+        ids = self._with_first((yield from self._encode(text[: ends[0]], hidden, ())))
         scored = [False] * len(ids)
         for (i, start), end in zip(cuts.items(), ends[1:], strict=True):
             last = i == len(messages) - 1
-            more, mask = self._turn(text[start:end], messages[i].content, last, hidden, ids, where)
+            more, mask = yield from self._turn(text[start:end], messages[i].content, last, hidden, ids, where)
             ids, scored = ids + more, scored + mask
         return ids, scored
 
@@ -174,44 +201,35 @@ class Template:
         first = list(self.encoder.first)
         return ids if ids[: len(first)] == first else first + ids
 
-    def _protect(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Messages with each special token that is spelled out in a content replaced by a private character, and the
-        table to undo it."""
-        spelled = sorted({s for m in messages for s in self.encoder.pattern.findall(m.content)})
-        if not spelled:
-            return list(messages), {}
-        used = {c for m in messages for c in m.content}
-        free = (chr(c) for c in PRIVATE if chr(c) not in used)
-        mark = dict(zip(spelled, free, strict=False))
-        changed = [Message(m.role, self.encoder.pattern.sub(lambda found: mark[found[0]], m.content)) for m in messages]
-        return changed, {v: k for k, v in mark.items()}
-
-    def _encode(self, text: str, hidden: dict[str, str], before: Sequence[int]) -> list[int]:
+    def _encode(self, text: str, hidden: dict[str, str], before: Sequence[int]) -> Asking[list[int]]:
         if not hidden:
-            return self.encoder.ids(text, before)
+            return (yield from self.encoder.ask(text, before))
         out = list(before)
         for piece in re.split(f"([{''.join(hidden)}])", text):
-            if piece:
-                out += self.encoder.literal(hidden[piece], out) if piece in hidden else self.encoder.ids(piece, out)
+            if piece in hidden:
+                out += yield from self.encoder.ask_literal(hidden[piece], out)
+            elif piece:
+                out += yield from self.encoder.ask(piece, out)
         return out[len(before) :]
 
     def _one_by_one(
         self, pieces: Sequence[str], hidden: dict[str, str] | None, before: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
+    ) -> Asking[tuple[list[int], list[int]]]:
         """The ids of consecutive pieces of text, and the number of them up to the end of each; plain text without a
         table of hidden tokens."""
         out, ends = list(before), []
         for piece in pieces:
-            out += self.encoder.literal(piece, out) if hidden is None else self._encode(piece, hidden, out)
+            asking = self.encoder.ask_literal(piece, out) if hidden is None else self._encode(piece, hidden, out)
+            out += yield from asking
             ends.append(len(out) - len(before))
         return out[len(before) :], ends
 
     def _turn(
         self, text: str, content: str, last: bool, hidden: dict[str, str], before: Sequence[int], where: str
-    ) -> tuple[list[int], list[bool]]:
+    ) -> Asking[Scored]:
         """From the first character of an assistant turn on: scored up to its end token. A last turn without an end
         token gets EOS."""
-        ids = self._encode(text, hidden, before)
+        ids = yield from self._encode(text, hidden, before)
         written = [c for c in spellings(content) if c in text]
         if self.end_id in ids and (not written or any(self._ends(text, c) for c in written)):
             length = ids.index(self.end_id) + 1
@@ -219,10 +237,10 @@ class Template:
         if not written:
             raise DataError(CHANGED, where, CHANGED_HINT)
         stop = (text.rfind(written[0]) if last else text.find(written[0])) + len(written[0])
-        ids = self._encode(text[:stop], hidden, before)
+        ids = yield from self._encode(text[:stop], hidden, before)
         if last:
             return [*ids, self.eos_id], [True] * (len(ids) + 1)
-        more = self._encode(text[stop:], hidden, [*before, *ids])
+        more = yield from self._encode(text[stop:], hidden, [*before, *ids])
         return ids + more, [True] * len(ids) + [False] * len(more)
 
     def _ends(self, text: str, content: str) -> bool:
@@ -249,7 +267,7 @@ def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Seq
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end token (eos_token)", hint="set eos_token in tokenizer_config.json")
-    chat = _own(tokenizer) if chat_template is None else _given(chat_template)
+    chat = _own(tokenizer) if chat_template is None else given(chat_template)
     end_text = ""
     if chat is not None:
         try:
@@ -278,13 +296,3 @@ def _own(tokenizer: Any) -> str | None:
     """The tokenizer's template; the one called default when it has several."""
     found = tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
-
-
-def _given(chat_template: str) -> str:
-    if "{{" in chat_template or "{%" in chat_template:
-        return chat_template
-    path = Path(chat_template)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    near = did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-    raise RecipeError(f"no such file: {chat_template}", "model.chat_template", near or "give a file or Jinja text")

@@ -1,16 +1,17 @@
-"""Examples to samples: token ids of a prompt and its completions, cut or dropped where they are too long."""
+"""An example as a sample: token ids of a prompt and its completions, cut where they are too long."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_cli.data.encoder import Asking
 from rlhf_cli.data.examples import Comparison, Demonstration, Example, Ranking, Rated, Steps, Task, Verdict
 from rlhf_cli.data.template import Template
 from rlhf_cli.errors import DataError
@@ -52,57 +53,8 @@ class Sample:
     where: str
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """What became of a list of examples."""
-
-    samples: list[Sample]
-    kept: np.ndarray
-    """Index of each sample's example: (len(samples),) int64."""
-    dropped: list[tuple[int, str]] = field(default_factory=list)
-    """Index of each example left out, and the reason."""
-    shortened: int = 0
-    """How many of the samples were cut."""
-    labels_cut: int = 0
-    """How many step labels lay beyond the cuts."""
-
-
-class _Unfit(Exception):
+class Unfit(Exception):
     """Why an example makes no sample."""
-
-
-def tokenize(
-    examples: Sequence[Example],
-    template: Template,
-    max_length: int,
-    truncation: Truncation = "drop",
-    train_on_prompt: bool = False,
-) -> Tokenized:
-    """Examples as samples of at most `max_length` tokens (prompt and longest completion together).
-
-    `drop` leaves longer ones out. `left` cuts tokens off the start of the prompt, after BOS; the template's header
-    before the completion stays. `right` cuts the end of the completions. Raises DataError, with the row, when the chat
-    template refuses a conversation or there is none.
-    """
-    samples, kept, dropped, shortened, labels_cut = [], [], [], 0, 0
-    for index, example in enumerate(examples):
-        whole = to_sample(example, template)
-        fits = length(whole) <= max_length
-        try:
-            sample = whole if fits else _cut(whole, example, template, max_length, truncation)
-            _check_different(sample, fits)
-        except _Unfit as reason:
-            dropped.append((index, str(reason)))
-            continue
-        samples.append(score_all(sample) if train_on_prompt else sample)
-        kept.append(index)
-        shortened += not fits
-        labels_cut += _labels(whole) - _labels(sample)
-    return Tokenized(samples, np.array(kept, dtype=np.int64), dropped, shortened, labels_cut)
-
-
-def _labels(sample: Sample) -> int:
-    return sum(len(c.labels) for c in sample.completions if c.labels is not None)
 
 
 def length(sample: Sample) -> int:
@@ -111,19 +63,19 @@ def length(sample: Sample) -> int:
 
 
 @singledispatch
-def to_sample(example: Any, template: Template) -> Sample:
-    """One example as token ids, whole."""
+def ask_sample(example: Any, template: Template) -> Asking[Sample]:
+    """One example as token ids, whole. Raises DataError when the chat template refuses it."""
     raise TypeError(f"no such kind of example: {type(example).__name__}")
 
 
-@to_sample.register
-def _demonstration(example: Demonstration, template: Template) -> Sample:
+@ask_sample.register
+def _demonstration(example: Demonstration, template: Template) -> Asking[Sample]:
     if example.completion is None:
         assert isinstance(example.prompt, tuple)
-        ids, scored = template.conversation(example.prompt, example.where)
+        ids, scored = yield from template.ask_conversation(example.prompt, example.where)
     else:
-        ids = template.prompt_ids(example.prompt, example.where)
-        completion, mask = template.completion_ids(example.prompt, example.completion, example.where)
+        ids = yield from template.ask_prompt(example.prompt, example.where)
+        completion, mask = yield from template.ask_completion(example.prompt, example.completion, example.where)
         ids, scored = ids + completion, [False] * len(ids) + mask
     scored[0] = False  # nothing predicts the first token
     if not any(scored):
@@ -132,37 +84,37 @@ def _demonstration(example: Demonstration, template: Template) -> Sample:
     return Sample(_ids(ids[:first]), (_completion(ids[first:end], scored[first:end]),), {}, example.where)
 
 
-@to_sample.register
-def _comparison(example: Comparison, template: Template) -> Sample:
+@ask_sample.register
+def _comparison(example: Comparison, template: Template) -> Asking[Sample]:
     numbers = {"margin": example.margin, "target": example.target}
     if example.scores is not None:
         numbers |= {"chosen_score": example.scores[0], "rejected_score": example.scores[1]}
     if example.safety is not None:
         numbers |= {"chosen_safe": float(example.safety[0]), "rejected_safe": float(example.safety[1])}
-    return _answered(example, (example.chosen, example.rejected), numbers, template)
+    return (yield from _answered(example, (example.chosen, example.rejected), numbers, template))
 
 
-@to_sample.register
-def _verdict(example: Verdict, template: Template) -> Sample:
-    return _answered(example, (example.completion,), {"desirable": float(example.desirable)}, template)
+@ask_sample.register
+def _verdict(example: Verdict, template: Template) -> Asking[Sample]:
+    return (yield from _answered(example, (example.completion,), {"desirable": float(example.desirable)}, template))
 
 
-@to_sample.register
-def _ranking(example: Ranking, template: Template) -> Sample:
-    sample = _answered(example, example.completions, {}, template)
+@ask_sample.register
+def _ranking(example: Ranking, template: Template) -> Asking[Sample]:
+    sample = yield from _answered(example, example.completions, {}, template)
     completions = (replace(c, gold=s) for c, s in zip(sample.completions, example.scores, strict=True))
     return replace(sample, completions=tuple(completions))
 
 
-@to_sample.register
-def _rated(example: Rated, template: Template) -> Sample:
-    sample = _answered(example, (example.completion,), {}, template)
+@ask_sample.register
+def _rated(example: Rated, template: Template) -> Asking[Sample]:
+    sample = yield from _answered(example, (example.completion,), {}, template)
     return replace(sample, completions=(replace(sample.completions[0], gold=example.score),))
 
 
-@to_sample.register
-def _steps(example: Steps, template: Template) -> Sample:
-    ids, ends = template.pieces_ids(example.prompt, example.steps, example.where)
+@ask_sample.register
+def _steps(example: Steps, template: Template) -> Asking[Sample]:
+    ids, ends = yield from template.ask_pieces(example.prompt, example.steps, example.where)
     # A piece that a template strips away has no token of its own.
     starts = [0, *ends[:-1]]
     labelled = {
@@ -177,13 +129,13 @@ def _steps(example: Steps, template: Template) -> Sample:
         np.array([i in labelled for i in range(len(ids))], dtype=bool),
         labels=np.array([labelled[i] for i in sorted(labelled)], dtype=np.float32),
     )
-    prompt = _ids(template.prompt_ids(example.prompt, example.where))
+    prompt = _ids((yield from template.ask_prompt(example.prompt, example.where)))
     return Sample(prompt, (completion,), {}, example.where)
 
 
-@to_sample.register
-def _task(example: Task, template: Template) -> Sample:
-    return _answered(example, (), {}, template)
+@ask_sample.register
+def _task(example: Task, template: Template) -> Asking[Sample]:
+    return (yield from _answered(example, (), {}, template))
 
 
 def _answered(
@@ -191,9 +143,12 @@ def _answered(
     completions: tuple[str, ...],
     numbers: dict[str, float],
     template: Template,
-) -> Sample:
-    made = (_completion(*template.completion_ids(example.prompt, c, example.where)) for c in completions)
-    return Sample(_ids(template.prompt_ids(example.prompt, example.where)), tuple(made), numbers, example.where)
+) -> Asking[Sample]:
+    made = []
+    for completion in completions:
+        made.append(_completion(*(yield from template.ask_completion(example.prompt, completion, example.where))))
+    prompt = _ids((yield from template.ask_prompt(example.prompt, example.where)))
+    return Sample(prompt, tuple(made), numbers, example.where)
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:
@@ -213,13 +168,13 @@ def score_all(sample: Sample) -> Sample:
 # --- truncation ------------------------------------------------------------------------------------------
 
 
-def _cut(sample: Sample, example: Example, template: Template, max_length: int, truncation: Truncation) -> Sample:
-    """The sample cut to `max_length`. Raises _Unfit when that leaves nothing."""
+def cut(sample: Sample, example: Example, template: Template, max_length: int, truncation: Truncation) -> Sample:
+    """The sample cut to `max_length`. Raises Unfit when that leaves nothing."""
     return CUTS[truncation](sample, example, template, max_length)
 
 
 def _drop(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
-    raise _Unfit(TOO_LONG)
+    raise Unfit(TOO_LONG)
 
 
 def _left(sample: Sample, example: Example, template: Template, max_length: int) -> Sample:
@@ -229,7 +184,7 @@ def _left(sample: Sample, example: Example, template: Template, max_length: int)
     removable = len(sample.prompt) - first - header
     # A prompt without BOS and header keeps one token: it predicts the completion.
     if surplus > removable - (first + header == 0):
-        raise _Unfit(TOO_LONG)
+        raise Unfit(TOO_LONG)
     prompt = np.concatenate([sample.prompt[:first], sample.prompt[first + surplus :]])
     return replace(sample, prompt=prompt)
 
@@ -248,9 +203,9 @@ def _right(sample: Sample, example: Example, template: Template, max_length: int
     room = max(0, max_length - len(sample.prompt))
     cut = tuple(_first(c, room) for c in sample.completions)
     if not cut:
-        raise _Unfit(TOO_LONG)
+        raise Unfit(TOO_LONG)
     if not all(c.scored.any() for c in cut):
-        raise _Unfit(NOTHING_LEFT if cut[0].labels is None else NO_STEP_LEFT)
+        raise Unfit(NOTHING_LEFT if cut[0].labels is None else NO_STEP_LEFT)
     return replace(sample, completions=cut)
 
 
@@ -268,10 +223,10 @@ CUTS: dict[Truncation, Callable[[Sample, Example, Template, int], Sample]] = {
 }
 
 
-def _check_different(sample: Sample, whole: bool) -> None:
+def check_different(sample: Sample, whole: bool) -> None:
     """Completions that are compared must differ; those of a ranking may be the same at the same score."""
     for one, other in combinations(sample.completions, 2):
         if np.array_equal(one.ids, other.ids) and one.gold != other.gold:
             if math.isnan(one.gold):
-                raise _Unfit(ALIKE if whole else CUT_ALIKE)
-            raise _Unfit(RANKED_ALIKE if whole else RANKED_CUT_ALIKE)
+                raise Unfit(ALIKE if whole else CUT_ALIKE)
+            raise Unfit(RANKED_ALIKE if whole else RANKED_CUT_ALIKE)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import ModelError, RecipeError, did_you_mean
 from rlhf_cli.models.base import Base
+from rlhf_cli.models.lighten import lighten_adapters
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.settings.model import LoraSettings
 
@@ -114,6 +115,8 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
         _check_targets(base, config)
     else:
         _fill(base, name, {k: v for k, v in tensors.items() if not k.startswith(f"{SCORE_LAYER}.")})
+    if base.light:
+        lighten_adapters(base.model, name)
     base.active = None
 
 

@@ -6,7 +6,7 @@ segment, so no (L x L) mask exists; any other forward (padded rows, decoding wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ class Segments:
     parent: tuple[int | None, ...]
     """Which of them."""
     mask: tuple[Tensor | None, ...]  # (own, parent + own) bool
+    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Masks of sliding windows, by (own, parent + own, window): made by the first layer that asks, for all of them."""
+
+    def band(self, queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+        """Causal mask (queries, keys) of the last queries of a sequence, each seeing `window` keys, itself included."""
+        which = (queries, keys, window)
+        if which not in self.bands:
+            ahead = keys - queries
+            whole = torch.ones(queries, keys, dtype=torch.bool, device=device)
+            self.bands[which] = whole.tril(ahead).triu(ahead - window + 1)
+        return self.bands[which]
 
 
 def plan(batch: Batch) -> Segments:
@@ -81,19 +92,13 @@ def segment_attention(
         if parent is not None:
             k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
         if window is not None and k.shape[2] > window:
-            mask = _band(segments.lengths[i], k.shape[2], window, query.device)
+            mask = segments.band(segments.lengths[i], k.shape[2], window, query.device)
         seen = F.scaled_dot_product_attention(
             queries[i], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
             enable_gqa=grouped,
         )  # fmt: skip
         outputs.append(seen.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
-
-
-def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask (queries, keys) of the last queries of a sequence, each seeing `window` keys, itself included."""
-    ahead = keys - queries
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(ahead).triu(ahead - window + 1)
 
 
 AttentionInterface.register(NAME, segment_attention)

@@ -24,7 +24,7 @@ from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
-from rlhf_cli.models.kernels import lighten
+from rlhf_cli.models.lighten import lighten
 from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.settings.model import ModelSettings
@@ -73,6 +73,8 @@ class Base:
     """Role whose backward pass is still to come."""
     revision: str | None = None
     """Branch, tag or commit of a hub base."""
+    light: bool = False
+    """Whether layers that keep less are in place of the architecture's own (models/lighten.py)."""
 
     @property
     def vocabulary(self) -> int:
@@ -250,9 +252,10 @@ def load_base(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
-    if settings.kernels == "auto":
+    light = settings.kernels == "auto"
+    if light:
         lighten(model)
-    return Base(model, source, _identity(source, model), device, dtype, revision=revision)
+    return Base(model, source, _identity(source, model), device, dtype, revision=revision, light=light)
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import adapters
+from rlhf_cli.models import adapters, checkpointing
 from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.roles import Role, disable_dropout
@@ -64,8 +64,7 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     else:
         adapters.add_adapter(base, "policy", adapters.lora_config(lora))
         role = Role("policy", base, "policy", trained=True)
-    if settings.gradient_checkpointing:
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointing.enable(base.model, settings.gradient_checkpointing)
     if not dropout:
         disable_dropout(base)
     trained = sum(p.numel() for _, p in role.parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from rlhf_cli.errors import ModelError
@@ -26,6 +28,17 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """Tokens in memory at once when the recipe says auto; halved on the way when memory runs out."""
-    return 8192 if device.type == "cuda" else 1024
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a micro-batch: what is worth having on a kind of device."""
+
+    least: int
+    usual: int
+    """Fewer make it slower; for so many it is worth while to recompute activations, not for more."""
+    most: int
+    """More make it no faster: on a CPU they fall out of its cache."""
+
+
+def micro_batch_range(device: torch.device) -> Tokens:
+    """What `micro_batch_tokens: auto` chooses from, by powers of two."""
+    return Tokens(256, 8192, 32768) if device.type == "cuda" else Tokens(64, 1024, 1024)

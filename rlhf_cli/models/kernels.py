@@ -1,53 +1,75 @@
-"""Layers that keep less for the backward pass, in place of the architecture's own where both give the same numbers.
-
-A layer is replaced by a subclass of its own class, so that names, weights, adapters and files stay as they are. Which
-formula a class computes is not looked up by its name but tried: on made-up numbers, values and gradients must agree.
+"""Layers that keep less for the backward pass, and pass over memory fewer times. models/lighten.py puts them in place.
 
 - RMSNorm keeps its input and one number a row, instead of three tensors of the input's size.
 - The gated MLP keeps gate and up, and forms silu(gate) again.
+- Rotary positions keep nothing but the angles, and turn both halves without copies of them.
+- LoRA adds its product to the layer's where that lies, without two more tensors of its size.
 
-L rows, H hidden size, I inner size.
+B rows, L tokens a row, H hidden size, D head size, I inner size, R rank, O output size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-TOLERANCE = 1e-5
-"""Largest gap, relative to 1 + the largest number, between a layer and what replaces it, in float32."""
-COARSE = 2e-2
-"""The same in half precision, which rounds in other places."""
+from torch import Tensor
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
     """x (..., H), weight (H,), eps, late -> x / rms(x) * weight; late: rounded to x's dtype before the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, late: bool) -> Tensor:
         wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         unit = wide * inverse
-        return unit.to(x.dtype) * weight if late else (unit * weight.float()).to(x.dtype)
+        if not late:
+            return unit.mul_(weight.float()).to(x.dtype)
+        unit = unit.to(x.dtype)
+        return unit.mul_(weight) if weight.dtype == unit.dtype else unit * weight
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        unit, wide = x.float() * inverse, upstream.float()
-        by_weight = None
+        wide, by_out, by_weight = x.float(), upstream.float(), None
+        product = by_out * wide
         if ctx.needs_input_grad[1]:
-            by_weight = (wide * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        wide = wide * weight.float()
-        along = (wide * unit).mean(-1, keepdim=True)
-        return wide.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), by_weight, None, None
+            by_weight = (inverse.reshape(1, -1) @ product.flatten(0, -2))[0].to(weight.dtype)
+        along = (product @ weight.float())[..., None] * inverse.pow(3) / len(weight)
+        found = torch.mul(by_out, weight.float(), out=product).mul_(inverse)
+        return found.addcmul_(wide, along, value=-1.0).to(x.dtype), by_weight, None, None
 
 
-class _Gated(torch.autograd.Function):
+class Rotary(torch.autograd.Function):
+    """x (B, heads, L, D), cos and sin (B, 1, L, D) -> x turned by its position: x cos + (-x2, x1) sin of its halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        low, high = sin.chunk(2, dim=-1)
+        return _turn(x, cos, low, -1.0, high, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        low, high = sin.chunk(2, dim=-1)
+        return _turn(upstream, cos, high, 1.0, low, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, low: Tensor, low_sign: float, high: Tensor, high_sign: float) -> Tensor:
+    """x cos + (low_sign x2 low, high_sign x1 high)."""
+    out = x * cos
+    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    out1.addcmul_(x2, low, value=low_sign)
+    out2.addcmul_(x1, high, value=high_sign)
+    return out
+
+
+class Gated(torch.autograd.Function):
     """gate, up (..., I) -> silu(gate) up."""
 
     @staticmethod
@@ -62,77 +84,29 @@ class _Gated(torch.autograd.Function):
         return by_gate, F.silu(gate).mul_(upstream)
 
 
-def _norm_late(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon, True)
-    return out
+class AddLora(torch.autograd.Function):
+    """out (..., O), x (..., I), down (R, I), up (O, R), scale -> out + scale x down^T up^T, where `out` lies; all of
+    one dtype but down and up, which are rounded to it."""
 
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        narrow = F.linear(x, down.to(x.dtype)).flatten(0, -2)
+        out.view(-1, out.shape[-1]).addmm_(narrow, up.to(x.dtype).t(), alpha=scale)
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(x, narrow, down, up)
+        ctx.scale = scale
+        return out
 
-def _norm_from_one(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(x, 1.0 + self.weight.float(), self.eps, False)
-    return out
-
-
-def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
-    return out
-
-
-KINDS: tuple[tuple[str, Callable[[Any, Tensor], Tensor], tuple[str, ...]], ...] = (
-    ("RMSNorm", _norm_late, ("weight", "variance_epsilon")),
-    ("RMSNorm", _norm_from_one, ("weight", "eps")),
-    ("MLP", _gated_mlp, ("gate_proj", "up_proj", "down_proj", "act_fn")),
-)
-"""End of the class's name, the forward that may replace its own, and what that reads."""
-
-
-def lighten(model: nn.Module) -> dict[str, int]:
-    """Replace what can be replaced; how many of each class."""
-    found: dict[type[nn.Module], type[nn.Module] | None] = {}
-    count: dict[str, int] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in found:
-            found[kind] = _lighter(module)
-        lighter = found[kind]
-        if lighter is not None and not module._forward_hooks and not module._forward_pre_hooks:
-            module.__class__ = lighter
-            count[kind.__name__] = count.get(kind.__name__, 0) + 1
-    return count
-
-
-def _lighter(module: nn.Module) -> type[nn.Module] | None:
-    """A subclass of the module's class that keeps less, when it computes the same."""
-    kind = type(module)
-    for end, forward, reads in KINDS:
-        if kind.__name__.endswith(end) and all(hasattr(module, name) for name in reads):
-            lighter = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-            if _same(module, lighter):
-                return lighter
-    return None
-
-
-def _same(module: nn.Module, lighter: type[nn.Module]) -> bool:
-    """Whether both give the same values and gradients on made-up numbers."""
-    weight = getattr(module, "weight", None)
-    width = int(module.gate_proj.in_features if weight is None else len(weight))  # type: ignore[union-attr, arg-type]
-    like = next(iter(module.parameters()))
-    dtype = like.dtype if like.is_floating_point() else torch.float32  # quantised weights are packed in integers
-    x = torch.linspace(-2.0, 3.0, 3 * width, device=like.device).sin().view(3, width).to(dtype).requires_grad_()
-    tensors = [x] if weight is None else [x, weight]
-    known = [tensor.requires_grad for tensor in tensors]
-    try:
-        with torch.enable_grad():
-            for tensor in tensors:
-                tensor.requires_grad_()
-            said = []
-            for forward in (type(module).forward, lighter.forward):
-                out = forward(module, x)
-                said.append((out.detach(), *torch.autograd.grad(out, tensors, torch.cos(out.detach() * 3.0))))
-    except (AttributeError, TypeError, RuntimeError):
-        return False
-    finally:
-        for tensor, flag in zip(tensors, known, strict=True):
-            tensor.requires_grad_(flag)
-    limit = TOLERANCE if like.dtype == torch.float32 else COARSE
-    gaps = [float((a - b).abs().max() / (1.0 + b.abs().max())) for a, b in zip(*said, strict=True)]
-    return max(gaps) <= limit
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
+        x, narrow, down, up = ctx.saved_tensors
+        rows = upstream.flatten(0, -2)
+        by_narrow = (rows @ up.to(x.dtype)).mul_(ctx.scale)  # (T, R)
+        by_x = by_down = by_up = None
+        if ctx.needs_input_grad[1]:
+            by_x = (by_narrow @ down.to(x.dtype)).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            by_down = (by_narrow.t() @ x.flatten(0, -2)).to(down.dtype)
+        if ctx.needs_input_grad[3]:
+            by_up = (rows.t() @ narrow).mul_(ctx.scale).to(up.dtype)
+        return upstream, by_x, by_down, by_up, None

@@ -98,15 +98,30 @@ class Role:
             self.base.open_graph = self
         return states.reshape(-1, states.shape[-1])
 
-    def logp(self, batch: Batch, temperature: float = 1.0, *, statistics: Statistics = "usual") -> TokenLogp:
-        """Log-probability, and the statistics asked for, of each scored token: (T,), float32."""
-        return self._logp(self.hidden(batch), batch, temperature, statistics)
+    def logp(
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        *,
+        statistics: Statistics = "usual",
+        upstream: float | None = None,
+    ) -> TokenLogp:
+        """Log-probability, and the statistics asked for, of each scored token: (T,), float32. upstream: the gradient
+        that each will be given, where it is known beforehand."""
+        return self._logp(self.hidden(batch), batch, temperature, statistics, upstream)
 
-    def _logp(self, hidden: Tensor, batch: Batch, temperature: float, statistics: Statistics) -> TokenLogp:
+    def _logp(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        temperature: float,
+        statistics: Statistics,
+        upstream: float | None = None,
+    ) -> TokenLogp:
         ids = batch.ids.view(-1)[batch.targets]
         return token_logp(
             hidden[batch.predictors], self.base.head(), ids, temperature,
-            vocabulary=self.base.vocabulary, statistics=statistics,
+            vocabulary=self.base.vocabulary, statistics=statistics, upstream=upstream,
         )  # fmt: skip
 
     def values(self, batch: Batch) -> Tensor:

@@ -57,11 +57,11 @@ class Head:
 
     def columns(self, at: slice) -> Tensor:
         """Weights of some columns as they enter a product: (C, H)."""
-        return _operand(self.weight[at], self.dtype)
+        return operand(self.weight[at], self.dtype)
 
     def logits(self, hidden: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
         """hidden (R, H), an operand -> float32 logits of some columns (R, C), and the slope of the cap."""
-        logits = _product(hidden, self.columns(at).T)
+        logits = product(hidden, self.columns(at).T)
         if self.bias is not None:
             logits += self.bias[at]
         if self.scale != 1.0:
@@ -97,13 +97,13 @@ def _over(cap: float | None, temperature: float) -> float | None:
     return None if cap is None else cap / temperature
 
 
-def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to the dtype of the computation. A CPU multiplies in float32, which holds such numbers exactly."""
     rounded = tensor.to(dtype)
     return rounded if tensor.is_cuda else rounded.float()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a (R, K) b (K, C) -> float32 (R, C)."""
     if a.dtype == torch.float32:
         return a @ b
@@ -116,7 +116,7 @@ class _HeadLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, ids: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
         slopes = hidden.requires_grad and not head.trained
-        logp, mass, watched, found = _forward(_operand(hidden, head.dtype), head, ids, watch, slopes=slopes)
+        logp, mass, watched, found = _forward(operand(hidden, head.dtype), head, ids, watch, slopes=slopes)
         ctx.head, ctx.watch = head, watch
         ctx.save_for_backward(
             *([slope.to(hidden.dtype) for slope in found] if slopes else (hidden, ids, mass, watched))
@@ -178,7 +178,7 @@ class _Sums:
     ) -> None:
         factor = factor if bent is None else factor.mul_(bent)
         seen = (self.weights[i][r] + more) * shrink[:, None]
-        self.weights[i][r] = seen + _product(factor.to(columns.dtype), columns)
+        self.weights[i][r] = seen + product(factor.to(columns.dtype), columns)
 
     def watched(self) -> Tensor:
         """The statistic asked for (T,), or (0,)."""
@@ -207,7 +207,7 @@ def _forward(
     means = [total / sums.mass[:, None] for total in sums.weights]
     found = []
     if means:
-        found.append(head.scale * (bend[:, None] * _operand(head.weight[ids], head.dtype) - means[0]))
+        found.append(head.scale * (bend[:, None] * operand(head.weight[ids], head.dtype) - means[0]))
     if len(means) == 2:
         found.append(head.scale * ((spread - watched)[:, None] * means[0] - means[1]))
     return token - sums.top - spread, torch.stack([sums.top, sums.mass]), watched, found
@@ -224,12 +224,10 @@ def _backward(
 ) -> Tensor:
     """The gradient by hidden (T, H); those by weight and bias are added to their `.grad`. bonus: the gradient by each
     entropy and the entropies (T,)."""
-    rows = _operand(hidden, head.dtype)
+    rows = operand(hidden, head.dtype)
     share = -upstream / mass[1]
     found = torch.zeros_like(rows, dtype=torch.float32)
-    for parameter in (head.weight, head.bias):
-        if parameter is not None and parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    prepare_gradients(head)
     for r, c in head.tiles(len(ids)):
         logits, bent = head.logits(rows[r], c)
         logits -= mass[0, r][:, None]
@@ -246,13 +244,26 @@ def _backward(
         if head.scale != 1.0:
             by_logit *= head.scale
         factor = by_logit.to(rows.dtype)
-        found[r] += _product(factor, head.columns(c))
-        assert head.weight.grad is not None
-        if factor.dtype == torch.float32 and head.weight.dtype == torch.float32:
-            head.weight.grad[c].addmm_(factor.T, rows[r])
-        else:
-            head.weight.grad[c] += _product(factor.T, rows[r]).to(head.weight.dtype)
-        if head.bias is not None and head.bias.requires_grad:
-            assert head.bias.grad is not None
-            head.bias.grad[c] += by_logit.sum(0).to(head.bias.dtype)
+        found[r] += product(factor, head.columns(c))
+        add_gradient(head, c, factor, by_logit, rows[r])
     return found.to(hidden.dtype)
+
+
+def prepare_gradients(head: Head) -> None:
+    """Give a head that is trained gradients to add to."""
+    for parameter in (head.weight, head.bias):
+        if parameter is not None and parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def add_gradient(head: Head, at: slice, factor: Tensor, by_logit: Tensor, rows: Tensor) -> None:
+    """Add to the gradients of some columns: by_logit (R, C) of their logits before the scale, and the same rounded as
+    an operand (R, C), meet rows (R, H)."""
+    assert head.weight.grad is not None
+    if factor.dtype == torch.float32 and head.weight.dtype == torch.float32:
+        head.weight.grad[at].addmm_(factor.T, rows)
+    else:
+        head.weight.grad[at] += product(factor.T, rows).to(head.weight.dtype)
+    if head.bias is not None and head.bias.requires_grad:
+        assert head.bias.grad is not None
+        head.bias.grad[at] += by_logit.sum(0).to(head.bias.dtype)

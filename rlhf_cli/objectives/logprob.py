@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.objectives.head import Head, head_logp
+from rlhf_cli.objectives.head_known import known_logp
 
 Statistics = Literal["none", "entropy", "bonus", "collision", "usual"]
 CHUNK_ELEMENTS = 2**24
@@ -74,6 +75,7 @@ def token_logp(
     chunk: int | None = None,
     vocabulary: int | None = None,
     statistics: Statistics = "usual",
+    upstream: float | None = None,
 ) -> TokenLogp:
     """Log-probability, entropy and mean log-probability of `ids` under softmax(head(hidden) / temperature), float32.
 
@@ -82,10 +84,15 @@ def token_logp(
     64 MiB for `vocabulary` columns) are alive at a time, in the forward and, through recomputation, in the backward
     pass. The result does not depend on the chunk. Statistics that are not asked for are empty: `usual` are entropy and
     mean, and `bonus` is entropy, with gradient; `entropy` and `collision`, what WPO weights with (arXiv:2406.11827),
-    have none.
+    have none. upstream: the gradient that every log-probability will be given, where it is known: the kernel then needs
+    no second pass over a trained head (objectives/head_known.py; statistics `none` and `entropy`).
     """
     if isinstance(head, Head) and statistics != "usual" and len(ids):
-        logp, watched = head_logp(hidden, head, ids, temperature, statistics)
+        ahead = upstream is not None and head.trained and torch.is_grad_enabled() and temperature == 1.0
+        if upstream is not None and ahead and statistics in ("none", "entropy"):
+            logp, watched = known_logp(hidden, head, ids, upstream)
+        else:
+            logp, watched = head_logp(hidden, head, ids, temperature, statistics)
         nothing = watched[:0]
         return TokenLogp(
             logp, watched if statistics in ("entropy", "bonus") else nothing, nothing,

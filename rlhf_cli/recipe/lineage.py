@@ -30,6 +30,7 @@ _FREE = (
     "model.gradient_checkpointing",
     "rollout.max_batch",
     "reference_cache",
+    "data.cache",
     "doctor",
 )
 """Keys that cannot change what a step computes. `doctor` decides when to stop and what to undo, and may change when a

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base
+from rlhf_cli.models.lighten import is_lighter
 from rlhf_cli.rollouts.cache import Growing
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -150,12 +151,12 @@ def _linear(module: Any, adapter: str | None) -> Rows:
 
 
 def _is_lora(module: Any) -> bool:
-    """Whether this is peft's linear layer; where peft was never imported there is none."""
+    """Whether this is peft's linear layer, or ours in its place; where peft was never imported there is none."""
     if "peft" not in sys.modules:
         return False
     from peft.tuners.lora.layer import Linear
 
-    return type(module) is Linear
+    return type(module) is Linear or (isinstance(module, Linear) and is_lighter(module))
 
 
 def _plain(module: Any, name: str) -> bool:

@@ -61,8 +61,9 @@ class Store:
         """The file of an entry."""
         return self.folder / kind / f"{key}.safetensors"
 
-    def read(self, kind: str, key: str, layout: Layout) -> Entry | None:
-        """An entry whose arrays have this layout, finite throughout; None when there is none or it is damaged."""
+    def read(self, kind: str, key: str, layout: Layout, *, quietly: bool = False) -> Entry | None:
+        """An entry whose arrays have this layout, finite throughout; None when there is none or it is damaged.
+        quietly: it does not count as read, so nothing is written."""
         path = self.path(kind, key)
         try:
             entry = _checked(path, key, layout)
@@ -74,9 +75,14 @@ class Store:
         except Damaged as reason:
             self.warn(f"{path}: damaged cache file ({reason}): ignored, and made anew")
             return None
-        with suppress(OSError):
-            os.utime(path)
+        if not quietly:
+            self.touch(kind, key)
         return entry
+
+    def touch(self, kind: str, key: str) -> None:
+        """Say of an entry that it was read, so that it stays."""
+        with suppress(OSError):
+            os.utime(self.path(kind, key))
 
     def write(self, kind: str, key: str, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
         """Put an entry in its place; a disk that refuses is a warning."""
@@ -103,16 +109,17 @@ def open_store(warn: Callable[[str], None]) -> Store | None:
     return Store(Path(shared or "~/.cache").expanduser() / "rlhf", warn)
 
 
-def key_of(**parts: Any) -> str:
-    """The name of what is made from these parts, plain JSON values, by this code: 64 hex digits."""
-    return hashlib.sha256(canonical({"code": code_digest(), **parts})).hexdigest()
+def key_of(*packages: str, **parts: Any) -> str:
+    """The name of what is made from these parts, plain JSON values, by the code of these packages (none named: of all
+    that compute): 64 hex digits."""
+    return hashlib.sha256(canonical({"code": code_digest(packages or COMPUTING), **parts})).hexdigest()
 
 
 @cache
-def code_digest() -> str:
-    """SHA-256 of the source of all that computes: other code may give other numbers."""
+def code_digest(packages: tuple[str, ...] = COMPUTING) -> str:
+    """SHA-256 of the source of what computes: other code may give other numbers."""
     root, total = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(path for package in COMPUTING for path in (root / package).rglob("*.py")):
+    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
         total.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
     return total.hexdigest()
 

@@ -25,14 +25,15 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
 from rlhf_cli.runs.trackers import open_trackers
-from rlhf_cli.train import checkpoint, snapshot
+from rlhf_cli.stages.shelf import open_shelf
+from rlhf_cli.train import checkpoint, fitting, snapshot
 from rlhf_cli.train.engine import Engine
 
 
 def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
     """The rows of the recipe as samples, told about, before any model is loaded. Raises DataError, RecipeError."""
     check_length(text, recipe.data.max_length, "data.max_length")
-    prepared = prepare(recipe.data, kind, text.template, **options)
+    prepared = prepare(recipe.data, kind, text.template, shelf=open_shelf(recipe, display), **options)
     for line in prepared.report.lines():
         warning = line.removeprefix("warning: ")
         display.note(line) if warning == line else display.warn(warning)
@@ -54,13 +55,15 @@ def total_steps(recipe: Recipe, loader: Loader) -> int:
 def open_engine(
     recipe: Recipe, run: Run, display: Display, loader: Loader, learners: Sequence[tuple[Role, float]], *, idle: int = 0
 ) -> Engine:
-    """An engine that trains these roles, each with its learning rate, and keeps the loader's cursor. idle: steps at the
-    start in which the first role, the policy, is not trained."""
+    """An engine that trains these roles, each with its learning rate, and keeps the loader's cursor. How much is in
+    memory at once is decided here, before anything is computed. idle: steps at the start in which the first role, the
+    policy, is not trained."""
     policy = learners[0][0]
     engine = Engine(recipe, run, display, total_steps(recipe, loader), policy.base.packed)
     for role, learning_rate in learners:
         engine.add(role, learning_rate, idle=idle if role is policy else 0)
     engine.kept["loader"] = loader
+    fitting.settle(engine)
     return engine
 
 
@@ -70,6 +73,8 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     run.begin(lineage)
     engine.display.attach(run.path / "run.log")
     run.write_data_report(prepared.report.to_json())
+    for keep in prepared.shelved:
+        keep()
     engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, engine.recipe.model_dump(mode="json"))
     snapshot.seed_generators(engine.recipe.seed)
     saved = resume_point(run, engine.display)

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS
 from rlhf_cli.data.examples import Task
@@ -51,8 +51,8 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     text = load_text(recipe.model)
     data = ppo_setup.read_tasks(recipe, text, display)
     data, ptx = ppo_setup.read_ptx(recipe, data, text, display)
-    tasks = cast("list[Task]", data.examples_train)
-    checked = check_rewards(recipe.rewards, recipe.model, text, [*tasks, *cast("list[Task]", data.examples_eval or [])])
+    tasks = data.tasks_train
+    checked = check_rewards(recipe.rewards, recipe.model, text, [*tasks, *data.tasks_eval])
     sampling = Sampling.of(recipe.rollout, text.template)
     if sampling.warning is not None:
         display.warn(sampling.warning)
@@ -81,10 +81,10 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
 
     def evaluate() -> dict[str, float]:
         if data.eval:
-            return ppo.evaluate(cast("list[Task]", data.examples_eval), data.eval)
+            return ppo.evaluate(data.tasks_eval, list(data.eval))
         few = recipe.evaluation.samples
         if few:
-            ppo.evaluate(tasks[:few], data.train[:few])
+            ppo.evaluate(tasks[:few], list(data.train[:few]))
         return {}
 
     engine.evaluate = evaluate

@@ -9,6 +9,7 @@ import torch
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.settings.training import TrainingSettings
+from rlhf_cli.train.optim import state_bytes
 
 MIB = 2**20
 
@@ -39,22 +40,6 @@ def own_bytes(role: Role) -> int:
     heads = [head for head in (role.head, role.value_head) if head is not None]
     mine = [] if role.adapter is None else [p for _, p in adapter_parameters(role.base, role.adapter)]
     return _bytes([*mine, *(p for head in heads for p in head.parameters())])
-
-
-def state_bytes(parameter: torch.nn.Parameter, training: TrainingSettings) -> int:
-    """What the optimiser will keep of a parameter: two moments, in 8 bits where bitsandbytes does so; Adafactor's row
-    and column means."""
-    n = parameter.numel()
-    match training.optimizer:
-        case "sgd":
-            return 0
-        case "adafactor":
-            rows = n // max(parameter.shape[-1], 1) if parameter.ndim > 1 else n
-            return 4 * (rows + (n // parameter.shape[-2] if parameter.ndim > 1 else 0))
-        case "adamw_8bit" | "paged_adamw_8bit" if n >= 4096:
-            return 2 * n + 8 * (n // 256)
-        case _:
-            return 8 * n
 
 
 def _bytes(parameters: Iterable[torch.Tensor]) -> int:

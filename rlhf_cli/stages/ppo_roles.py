@@ -10,7 +10,7 @@ import torch
 
 from rlhf_cli.catalog import ESTIMATORS
 from rlhf_cli.errors import RecipeError
-from rlhf_cli.models import adapters
+from rlhf_cli.models import adapters, checkpointing
 from rlhf_cli.models.base import Base, Text
 from rlhf_cli.models.build import load_policy, load_reference, scalar_head, with_values
 from rlhf_cli.models.roles import Role, disable_dropout
@@ -109,8 +109,7 @@ def _copy(recipe: PPORecipe, name: str, base: Base, adapter: str | None, weight:
     """A trainable scalar role with a copy of an adapter, or of a whole model."""
     if adapter is None:
         model = copy.deepcopy(base.model).float()  # type: ignore[operator]
-        if recipe.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointing.enable(model, recipe.model.gradient_checkpointing)
         own = replace(base, model=model, open_graph=None)
         return Role(name, own, None, scalar_head(own, weight, bias), trained=True)
     config = copy.deepcopy(adapters.adapter_config(base, adapter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_cli.recipe.settings.ppo import PPOSettings
 from rlhf_cli.rollouts.experience import Experience
 from rlhf_cli.runs.display import Display
 from rlhf_cli.stages import common
+from rlhf_cli.stages.shelf import open_shelf
 from rlhf_cli.train.engine import Losses, Part
 
 
@@ -48,7 +50,7 @@ def read_tasks(recipe: PPORecipe, text: Text, display: Display) -> Prepared:
 class Ptx:
     """Other text whose likelihood is part of each update of the policy (PPO-ptx, Ouyang et al. 2022 eq. 2)."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     loader: Loader
     coef: float
 
@@ -70,8 +72,9 @@ def read_ptx(recipe: PPORecipe, tasks: Prepared, text: Text, display: Display) -
     if settings is None:
         return tasks, None
     found = prepare(
-        recipe.data.model_copy(update={"train": settings.data, "eval": None}), "demonstration", text.template
-    )
+        recipe.data.model_copy(update={"train": settings.data, "eval": None}), "demonstration", text.template,
+        shelf=open_shelf(recipe, display),
+    )  # fmt: skip
     report = replace(
         found.report,
         sources=tuple(replace(s, split="ptx") for s in found.report.sources),
@@ -83,7 +86,7 @@ def read_ptx(recipe: PPORecipe, tasks: Prepared, text: Text, display: Display) -
         tasks.report, sources=tasks.report.sources + report.sources, tokens=tasks.report.tokens + report.tokens
     )
     loader = common.make_loader(recipe, found, settings.batch_size or recipe.training.batch_size)
-    return replace(tasks, report=both), Ptx(found.train, loader, settings.coef)
+    return replace(tasks, report=both, shelved=tasks.shelved + found.shelved), Ptx(found.train, loader, settings.coef)
 
 
 def warn_of_long_limits(recipe: PPORecipe, display: Display) -> None:

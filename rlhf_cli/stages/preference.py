@@ -31,7 +31,9 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
     terms = judging.terms(recipe)
     data = common.read_data(recipe, terms[0].entry.data, text, display, needs=setup.needs(terms))
     setup.check_step(terms, recipe, data)
-    setup.check_scores(terms, [*data.train, *(data.eval or [])])
+    setup.check_scores(terms, data.train)
+    if data.eval:
+        setup.check_scores(terms, data.eval)
     setup.check_scale(terms, data.train)
     named = setup.named_reference(recipe, text)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)

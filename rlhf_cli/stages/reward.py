@@ -96,7 +96,7 @@ def save(engine: Engine, scoring: Scoring, text: Text, data: Prepared, folder: P
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
-def prove(engine: Engine, scoring: Scoring, text: Text, rows: list[Sample], folder: Path) -> None:
+def prove(engine: Engine, scoring: Scoring, text: Text, rows: Sequence[Sample], folder: Path) -> None:
     """ModelError when the saved folder, opened as a classifier, says other things of a few rows."""
     if scoring.tokens:
         return

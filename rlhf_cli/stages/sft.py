@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.data.batch import Batch
@@ -39,10 +41,11 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
     objective = OBJECTIVES[recipe.objective.name].load()
     settings = common.settings_of(recipe.objective)
 
-    statistics: Statistics = "usual" if recipe.objective.label_smoothing else "entropy"
+    smooth, scaled = recipe.objective.label_smoothing > 0, engine.learners[policy.name].scaler.is_enabled()
+    statistics: Statistics = "usual" if smooth else "entropy"
 
-    def loss(batch: Batch, group: list[int]) -> Losses:
-        of = policy.logp(batch, statistics=statistics)
+    def loss(batch: Batch, group: list[int], count: float) -> Losses:
+        of = policy.logp(batch, statistics=statistics, upstream=None if smooth or scaled else -1.0 / count)
         total = objective(of.logp, of.mean, **settings).sum()
         tokens = float(len(of.logp))
         nll = -of.logp.detach().sum()
@@ -50,10 +53,11 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
 
     def step() -> dict[str, float]:
         samples = common.select(data.train, loader.next())
-        metrics = engine.update(policy, samples, loss, {"token": scored(samples)})
+        count = scored(samples)
+        metrics = engine.update(policy, samples, partial(loss, count=count), {"token": count})
         return metrics | {"epoch": loader.position}
 
-    def scored(samples: list[Sample]) -> float:
+    def scored(samples: Sequence[Sample]) -> float:
         return float(sum(c.scored.sum() for s in samples for c in s.completions))
 
     def evaluate() -> dict[str, float]:
@@ -61,7 +65,8 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
         common.show_samples(engine, policy, text, held_out or data.train)
         if not held_out:
             return {}
-        metrics = engine.measure(policy, held_out, loss, {"token": scored(held_out)})
+        count = scored(held_out)
+        metrics = engine.measure(policy, held_out, partial(loss, count=count), {"token": count})
         return {"eval/loss": metrics["loss"], "eval/perplexity": math.exp(min(metrics["nll"], 80.0))}
 
     engine.evaluate = evaluate

@@ -6,35 +6,30 @@ unit's count in the whole step. So neither the micro-batch size nor the layout c
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlhf_cli.data.batch import Batch, collate, micro_batches
+from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DivergedError, Interrupted, ModelError
-from rlhf_cli.models.device import default_micro_batch_tokens
+from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.trackers import Trackers
-from rlhf_cli.train import checkpoint, snapshot
+from rlhf_cli.train import passes, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
-
-T = TypeVar("T")
-OVERFLOWS = 20
-"""Steps in a row that may overflow in float16, its loss scale falling, before training counts as diverged."""
 
 
 class Losses(NamedTuple):
@@ -100,7 +95,7 @@ class Engine:
     kept_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None
     budget: int = 0
-    """Tokens of a micro-batch."""
+    """Tokens of a micro-batch; train/fitting.py measures what fits."""
     trackers: Trackers = field(default_factory=Trackers)
     spare: int | None = None
     """Step of a checkpoint that stays, however old."""
@@ -119,7 +114,7 @@ class Engine:
         self.learners[role.name] = Learner(role, optimizer, scheduler, scaler, idle=idle)
         if not self.budget:
             wanted = settings.micro_batch_tokens
-            self.budget = default_micro_batch_tokens(role.base.device) if wanted == "auto" else wanted
+            self.budget = micro_batch_range(role.base.device).usual if wanted == "auto" else wanted
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -139,11 +134,18 @@ class Engine:
         sample alone does not fit the memory.
         """
         learner = self.learners[role.name]
-        every = [*samples, *(also.samples if also else ())]
-        own = Part(samples, loss, counts)
-        totals = self._within_memory(every, lambda: self._accumulate(learner, own, prepare, also))
-        norm = self._step(learner, every)
-        return totals | {"grad_norm": norm}
+        own, every = Part(samples, loss, counts), [*samples, *(also.samples if also else ())]
+
+        def accumulate() -> dict[str, float]:
+            learner.optimizer.zero_grad(set_to_none=True)
+            totals = passes.run(self, role, own, prepare, learner.scaler)
+            if also is None:
+                return totals
+            more = passes.run(self, role, also, None, learner.scaler)
+            return totals | more | {"loss": totals["loss"] + more["loss"]}
+
+        totals = passes.within_memory(self, every, accumulate, training=True)
+        return totals | {"grad_norm": passes.apply(self, learner, every)}
 
     def measure(
         self,
@@ -154,7 +156,8 @@ class Engine:
         prepare: Prepare | None = None,
     ) -> dict[str, float]:
         """The metrics of `update` without gradient and without a step."""
-        return self._within_memory(samples, lambda: self._passes(role, samples, loss, counts, prepare, None))
+        own = Part(samples, loss, counts)
+        return passes.within_memory(self, samples, lambda: passes.run(self, role, own, prepare, None))
 
     def infer(
         self,
@@ -167,7 +170,7 @@ class Engine:
 
         def run() -> list[Tensor]:
             out: list[Tensor | None] = [None] * len(samples)
-            for group, batch in self._batches(role, samples):
+            for group, batch in passes.batches(self, role, samples):
                 with role.active():
                     result = function(batch)
                 owner = batch.example if unit == "sequence" else batch.example[batch.owners]
@@ -175,104 +178,7 @@ class Engine:
                     out[i] = result[owner == place]
             return [o for o in out if o is not None]
 
-        return self._within_memory(samples, run)
-
-    def _batches(self, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
-        packed = self.packed and role.base.packed
-        for group in micro_batches(samples, self.budget, packed=packed):
-            yield group, collate([samples[i] for i in group], packed=packed).to(role.base.device)
-
-    def _within_memory(self, samples: Sequence[Sample], function: Callable[[], T]) -> T:
-        """function(), again with half the budget when the device runs out of memory."""
-        generators, tokens = checkpoint.random_state(), self.tokens
-        while True:
-            try:
-                return function()
-            except torch.OutOfMemoryError as error:
-                for learner in self.learners.values():
-                    learner.role.abandon()
-                    learner.optimizer.zero_grad(set_to_none=True)
-                longest = max(len(s.prompt) + sum(len(c.ids) for c in s.completions) for s in samples)
-                if self.budget <= longest:
-                    raise ModelError(
-                        f"out of memory with a single example of {longest} tokens", "data.max_length",
-                        "lower it, or set model.quantization: nf4, or a smaller lora.r",
-                    ) from error  # fmt: skip
-            self.budget = max(self.budget // 2, longest)
-            torch.cuda.empty_cache()
-            checkpoint.set_random_state(*generators)
-            self.tokens = tokens
-            self.display.warn(f"out of memory: going on with micro-batches of {self.budget} tokens (same result)")
-
-    def _accumulate(self, learner: Learner, own: Part, prepare: Prepare | None, also: Part | None) -> dict[str, float]:
-        learner.optimizer.zero_grad(set_to_none=True)
-        totals = self._passes(learner.role, *own, prepare, learner.scaler)
-        if also is not None:
-            more = self._passes(learner.role, *also, None, learner.scaler)
-            totals = totals | more | {"loss": totals["loss"] + more["loss"]}
-        return totals
-
-    def _passes(
-        self,
-        role: Role,
-        samples: Sequence[Sample],
-        loss: Loss,
-        counts: dict[str, float],
-        prepare: Prepare | None,
-        scaler: torch.amp.GradScaler | None,
-    ) -> dict[str, float]:
-        """Every micro-batch forward and, with a scaler, backward; the metrics summed, then divided."""
-        sums: dict[str, float] = {"loss": 0.0}
-        over: dict[str, float] = {"loss": 1.0}
-        peaks: dict[str, float] = {}
-        tokens = 0
-        for group, raw in self._batches(role, samples):
-            batch = raw if prepare is None else prepare(raw, group)
-            tokens += batch.tokens
-            with role.active(train=scaler is not None):
-                losses = loss(batch, group)
-                parts = [value / max(counts[unit], 1) for unit, value in losses.sums.items()]
-                part = torch.stack(parts).sum()
-                if not bool(torch.isfinite(part)):
-                    role.abandon()
-                    self._diverged("loss", float(part.detach()), batch.where, training=scaler is not None)
-                if scaler is not None:
-                    role.backward(scaler.scale(part))
-            sums["loss"] += float(part.detach())
-            for name, (value, count) in losses.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-                over[name] = counts[count] if isinstance(count, str) else over.get(name, 0.0) + count
-            for name, value in losses.peaks.items():
-                peaks[name] = max(peaks.get(name, -math.inf), float(value))
-        if scaler is not None:
-            self.tokens += tokens
-        return {name: value / over[name] for name, value in sums.items() if over[name] > 0} | peaks
-
-    def _step(self, learner: Learner, samples: Sequence[Sample]) -> float:
-        """Clip, check, apply. The norm of the gradient before clipping."""
-        learner.scaler.unscale_(learner.optimizer)
-        parameters = [p for _, p in learner.role.parameters]
-        limit = self.recipe.training.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
-        learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
-        if learner.skipped > (OVERFLOWS if learner.scaler.is_enabled() else 0):
-            self._diverged("grad_norm", norm, tuple(s.where for s in samples))
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        learner.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _diverged(self, name: str, value: float, where: tuple[str, ...], *, training: bool = True) -> None:
-        """Log the number as it is, name the rows and the last whole checkpoint, stop."""
-        step = self.step + 1 if training else self.step
-        self.run.log({"step": step, name if training else f"eval/{name}": value})
-        saved = checkpoint.newest(self.run.checkpoints, self.display)
-        rows = ", ".join(where[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
-        happened = f"at step {step}; the step was not applied" if training else f"in the evaluation after step {step}"
-        raise DivergedError(
-            f"{name} is {value} {happened}; rows: {rows}", str(self.run.path),
-            f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate or look at the rows",
-        )  # fmt: skip
+        return passes.within_memory(self, samples, run)
 
     # --- what surrounds a step ---------------------------------------------------------------------------------------
 

@@ -36,6 +36,22 @@ def make_optimizer(
             return getattr(bitsandbytes.optim, kinds[settings.optimizer])(groups, **adam)
 
 
+def state_bytes(parameter: torch.nn.Parameter, training: TrainingSettings) -> int:
+    """What the optimiser will keep of a parameter: two moments, in 8 bits where bitsandbytes does so; Adafactor's row
+    and column means."""
+    n = parameter.numel()
+    match training.optimizer:
+        case "sgd":
+            return 0
+        case "adafactor":
+            rows = n // max(parameter.shape[-1], 1) if parameter.ndim > 1 else n
+            return 4 * (rows + (n // parameter.shape[-2] if parameter.ndim > 1 else 0))
+        case "adamw_8bit" | "paged_adamw_8bit" if n >= 4096:
+            return 2 * n + 8 * (n // 256)
+        case _:
+            return 8 * n
+
+
 def make_scheduler(optimizer: Optimizer, settings: TrainingSettings, steps: int) -> LRScheduler:
     """The learning-rate schedule over `steps` steps."""
     load_peft()  # transformers' schedules bring it along, and this way it comes without torch's compiler

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from rlhf_cli.data.tokens import Sample
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -73,6 +76,16 @@ def _wrap(backend: Any, **names: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def plain(sample: Sample) -> Any:
+    """A sample as values that can be compared, types included."""
+    completions = [(_values(c.ids), _values(c.scored), repr(c.gold), _values(c.labels)) for c in sample.completions]
+    return _values(sample.prompt), completions, sample.numbers, sample.where
+
+
+def _values(array: np.ndarray | None) -> Any:
+    return None if array is None else (str(array.dtype), array.tolist())
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from rlhf_cli.data.prepare import check_data, data_needs, load_examples, prepare
 from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.report import spread, tally
 from rlhf_cli.data.template import load_template
+from rlhf_cli.data.tokenizing import tokenize
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import RECIPES
 from rlhf_cli.recipe.settings.data import (
@@ -25,6 +26,7 @@ from rlhf_cli.recipe.settings.data import (
     SFTDataSettings,
     SourceSettings,
 )
+from tests.data.conftest import plain
 
 Write = Callable[..., str]
 
@@ -164,10 +166,10 @@ def test_prepare(jsonl: Write, qwen: Any) -> None:
     data = DataSettings.model_validate({"train": train, "eval": held_out, "max_length": 20})
     made = prepare(data, "comparison", template)
     assert [s.where for s in made.train] == [f"{train[0]}:1", f"{train[1]}:1"]
-    assert [e.where for e in made.examples_train] == [s.where for s in made.train]
     assert made.source.tolist() == [0, 1]
     assert made.eval is not None
-    assert [e.where for e in made.examples_eval or []] == [s.where for s in made.eval]
+    assert [s.where for s in made.eval] == [f"{held_out}:1", f"{held_out}:2"]
+    assert made.tasks_train == made.tasks_eval == []
     report = json.loads(json.dumps(made.report.to_json()))
     assert [s["split"] for s in report["sources"]] == ["train", "train", "eval"]
     assert report["sources"][0]["dropped"] == [
@@ -193,8 +195,9 @@ def test_tasks_take_the_length_they_are_given(jsonl: Write, qwen: Any) -> None:
     path = jsonl({"prompt": "Hello there", "answer": 4}, {"prompt": "Hello " * 20, "answer": 5})
     data = DataSettings.model_validate({"train": path, "max_length": 500})
     made = prepare(data, "task", load_template(qwen), max_length=9)
-    assert made.examples_train == [Task("Hello there", f"{path}:1", {"answer": 4})]
-    assert made.eval is made.examples_eval is None
+    assert made.tasks_train == [Task("Hello there", f"{path}:1", {"answer": 4})]
+    assert made.eval is None
+    assert made.tasks_eval == []
     assert made.report.tokens[0].completion is None
 
 
@@ -259,11 +262,13 @@ def test_what_a_recipe_needs(jsonl: Write) -> None:
 def test_settings_reach_the_formats(jsonl: Write, qwen: Any) -> None:
     template = load_template(qwen)
     steps = jsonl({"prompt": "q ", "steps": ["a", "b"], "labels": [True, False]}, name="steps.jsonl")
-    made = prepare(RewardDataSettings(train=[source(steps)], step_separator=" ki"), "steps", template)
-    assert made.examples_train == [Steps("q ", ("a ki", "b ki"), (1.0, -1.0), f"{steps}:1")]
+    (sample,) = prepare(RewardDataSettings(train=[source(steps)], step_separator=" ki"), "steps", template).train
+    wanted = tokenize([Steps("q ", ("a ki", "b ki"), (1.0, -1.0), f"{steps}:1")], template, 99).samples[0]
+    assert plain(sample) == plain(wanted)
     spans = jsonl({"prompt": "q ", "completion": "a. b", "errors": []}, name="spans.jsonl")
     cut = RewardDataSettings(train=[source(spans)], segments=SegmentSettings(by="sentence"))
-    assert prepare(cut, "steps", template).examples_train == [Steps("q ", ("a.", " b"), (1.0, 1.0), f"{spans}:1")]
+    wanted = tokenize([Steps("q ", ("a.", " b"), (1.0, 1.0), f"{spans}:1")], template, 99).samples[0]
+    assert plain(prepare(cut, "steps", template).train[0]) == plain(wanted)
     games = jsonl(
         *({"prompt": p, "a": "x", "b": "y", "outcome": o} for p, o in (("q ", 1), ("r ", 1))), name="games.jsonl"
     )

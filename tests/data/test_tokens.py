@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rlhf_cli.data.examples import Comparison, Demonstration, Message, Task, Verdict
 from rlhf_cli.data.template import load_template
-from rlhf_cli.data.tokens import ALIKE, CUT_ALIKE, NOTHING_LEFT, TOO_LONG, length, tokenize
+from rlhf_cli.data.tokenizing import tokenize
+from rlhf_cli.data.tokens import ALIKE, CUT_ALIKE, NOTHING_LEFT, TOO_LONG, length
 from rlhf_cli.errors import DataError
 
 W = "f:1"

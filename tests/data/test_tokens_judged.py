@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf_cli.data.examples import Comparison, Message, Ranking, Rated, Steps
 from rlhf_cli.data.report import token_report
 from rlhf_cli.data.template import Template, load_template
+from rlhf_cli.data.tokenizing import tokenize
 from rlhf_cli.data.tokens import (
     NO_STEP_LEFT,
     RANKED_ALIKE,
@@ -19,7 +20,6 @@ from rlhf_cli.data.tokens import (
     TOO_LONG,
     Sample,
     length,
-    tokenize,
 )
 from rlhf_cli.errors import DataError
 from tests.data.conftest import CHATML

@@ -19,7 +19,7 @@ from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import base as module
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base, Text, check_length, check_vocabulary, load_base, load_text
-from rlhf_cli.models.device import compute_dtype, default_micro_batch_tokens, pick_device
+from rlhf_cli.models.device import compute_dtype, micro_batch_range, pick_device
 from rlhf_cli.recipe.settings.model import ModelSettings
 from tests.models.worlds import CPU, refused, write_model, write_tokenizer
 
@@ -258,7 +258,7 @@ def test_devices_and_dtypes() -> None:
         assert pick_device() == CPU
     assert compute_dtype("auto", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
-    assert default_micro_batch_tokens(CPU) == 1024
+    assert micro_batch_range(CPU).usual == 1024
 
 
 def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

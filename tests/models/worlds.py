@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _PLAIN),
     "llama-tied": ("llama", _PLAIN | {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", _PLAIN),
+    "qwen3": ("qwen3", _PLAIN | {"head_dim": 8}),
     "mistral": ("mistral", _PLAIN | {"sliding_window": None}),
     "mistral-window-8": ("mistral", _PLAIN | {"sliding_window": 8}),
     "mistral-window-32": ("mistral", _PLAIN | {"sliding_window": 32}),
@@ -65,8 +67,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """By name: transformers' model type and configuration."""
 PACKED = [
-    "llama", "llama-tied", "qwen2", "mistral", "mistral-window-8", "mistral-window-32", "gemma3-window-32", "mixtral",
-    "cohere", "granite", "gpt2",
+    "llama", "llama-tied", "qwen2", "qwen3", "mistral", "mistral-window-8", "mistral-window-32", "gemma3-window-32",
+    "mixtral", "cohere", "granite", "gpt2",
 ]  # fmt: skip
 """Those that take packed rows."""
 PADDED = ["gemma2", "bloom", "falcon", "lfm2", "gpt-oss"]
@@ -146,11 +148,16 @@ def make_sample(
 def kinds(seed: int = 0) -> dict[str, list[Sample]]:
     """Samples of every shape the stages make."""
     random = np.random.default_rng(seed)
+    one, other = (make_sample(np.random.default_rng(seed + 9 + n), n, 3) for n in (14, 5))
     return {
         "demonstrations": [make_sample(random, p, n, every=False) for p, n in ((7, 9), (1, 12), (20, 1), (3, 5))],
         "pairs": [make_sample(random, p, a, b) for p, a, b in ((9, 4, 11), (30, 25, 6), (2, 1, 1), (1, 3, 7))],
         "rankings": [make_sample(random, 12, 5, 1, 9, 3), make_sample(random, 40, 20, 2, 13)],
         "tasks": [make_sample(random, 6), make_sample(random, 1), make_sample(random, 11, 3)],
+        "samples of a prompt": [
+            replace(make_sample(random, 1, *n, every=False), prompt=s.prompt)
+            for s, n in ((one, (8,)), (other, (4,)), (one, (1,)), (one, (6, 11)), (other, (9,)))
+        ],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,21 @@ def test_micro_batches_put_similar_lengths_together() -> None:
     groups = micro_batches(made, 310, packed=False)
     assert sorted(groups) == [[0, 2, 4], [1, 3, 5]]
     assert micro_batches(made, 310, packed=False) == groups
+
+
+def test_a_prompt_is_computed_once_for_all_its_samples() -> None:
+    random = np.random.default_rng(1)
+    prompt, other = (make_sample(random, n) for n in (50, 40))
+    owners = [prompt, other, prompt, prompt, other, prompt]
+    made = [replace(make_sample(random, 1, 10), prompt=owner.prompt.copy()) for owner in owners]
+    batch = collate(made, packed=True)
+    assert batch.tokens == batch.ids.numel() == 50 + 40 + 6 * 10
+    assert collate(made, packed=False).tokens == 4 * 60 + 2 * 50
+    assert batch.example.tolist() == [0, 1, 2, 3, 4, 5]
+    assert micro_batches(made, 150, packed=True) == [[0, 1, 2, 3, 4, 5]]
+    assert micro_batches(made, 90, packed=True) == [[0, 2, 3, 5], [1, 4]]
+    assert micro_batches(made, 80, packed=True) == [[0, 2, 3], [5], [1, 4]]
+    assert micro_batches(made, 5, packed=True) == [[0], [2], [3], [5], [1], [4]]
 
 
 @settings(max_examples=40, deadline=None)

@@ -197,7 +197,7 @@ def test_one_token_rows() -> None:
 
 def test_no_square_mask() -> None:
     """The plan of a packed row holds masks of (own, parent + own) only."""
-    batch = collate([make_sample(np.random.default_rng(0), 10, 3, 4) for _ in range(50)], packed=True)
+    batch = collate([make_sample(np.random.default_rng(i), 10, 3, 4) for i in range(50)], packed=True)
     assert batch.ids.shape == (1, 850)
     masks = [m for m in plan(batch).mask if m is not None]
     assert {tuple(m.shape) for m in masks} == {(3, 13), (4, 14)}

@@ -13,7 +13,7 @@ from torch import nn
 from rlhf_cli.data.batch import collate
 from rlhf_cli.data.examples import Message, Prompt, Steps, Task
 from rlhf_cli.data.template import Template, load_template
-from rlhf_cli.data.tokens import Sample, to_sample
+from rlhf_cli.data.tokens import Sample, ask_sample
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import frozen_role, with_head
 from rlhf_cli.models.roles import Role
@@ -104,7 +104,7 @@ def test_segments(by: Any, text: str, segments: list[str]) -> None:
 def test_the_policys_own_tokens_are_those_of_training(template: Template, prompt: Prompt) -> None:
     """A sampled text with all its separators is asked as its labelled row was trained."""
     steps = ("two is two\n", "plus two\n", "is four\n")
-    trained = to_sample(Steps(prompt, steps, (1.0, 1.0, 1.0), "t:1"), template)
+    trained = template.encoder.now(ask_sample(Steps(prompt, steps, (1.0, 1.0, 1.0), "t:1"), template))
     asked = in_own_tokens(template, LINES, said(template, "".join(steps), prompt)[1], "".join(steps))
     (kept,), (whole,) = asked.sample.completions, trained.completions
     np.testing.assert_array_equal(asked.sample.prompt, trained.prompt)
@@ -153,7 +153,7 @@ def test_other_tokens_are_mapped_back_by_characters(template: Template, other: T
     assert kept.scored.sum() == len(own.places)
     assert kept.scored[-1], "nothing behind the last step is read"
     steps = Steps(task.prompt, tuple(pieces_of(cut, text)), (1.0,) * len(pieces_of(cut, text)), "t:1")
-    trained = to_sample(steps, other)
+    trained = other.encoder.now(ask_sample(steps, other))
     np.testing.assert_array_equal(mapped.sample.prompt, trained.prompt)
     np.testing.assert_array_equal(kept.ids, trained.completions[0].ids[: len(kept.ids)])
     np.testing.assert_array_equal(kept.scored, trained.completions[0].scored[: len(kept.ids)])
@@ -284,7 +284,7 @@ def test_a_saved_process_model_says_the_same_as_a_frozen_role(tmp_path: Path, lo
     nn.init.normal_(role.head.bias)
     save_reward(role, text, tmp_path / "prm", ["wrong", "neutral", "right"][-classes:])
     steps = Steps("Q: ", ("two\n", "is four\n"), (1.0, 1.0), "t:1")
-    samples = [to_sample(steps, text.template)]
+    samples = [text.template.encoder.now(ask_sample(steps, text.template))]
     settings = made.model_copy(update={"name_or_path": str(tmp_path / "prm")})
     shared = lora_role(open_base(folder), "other").base
     again = frozen_role("reward-0", settings, load_text(settings, "process"), shared)

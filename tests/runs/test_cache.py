@@ -113,7 +113,8 @@ def test_a_key_belongs_to_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     key = cache.key_of(a=1, b=["x"])
     assert key == cache.key_of(b=["x"], a=1)
     assert len({key, cache.key_of(a=2, b=["x"]), cache.key_of(a=1, b=["y"]), cache.key_of(a=1)}) == 4
-    monkeypatch.setattr(cache, "code_digest", lambda: "other code")
+    assert cache.key_of("data", a=1, b=["x"]) != key
+    monkeypatch.setattr(cache, "code_digest", lambda packages: "other code")
     assert cache.key_of(a=1, b=["x"]) != key
 
 

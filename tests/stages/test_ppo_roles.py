@@ -16,9 +16,9 @@ from rlhf_cli.recipe.settings.ppo import PPOSettings
 from rlhf_cli.recipe.settings.training import TrainingSettings
 from rlhf_cli.rollouts.experience import pad
 from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, Target, counts, policy_loss, value_loss
-from rlhf_cli.stages.ppo_memory import memory_lines, state_bytes
+from rlhf_cli.stages.ppo_memory import memory_lines
 from rlhf_cli.train.engine import Engine
-from rlhf_cli.train.optim import make_optimizer
+from rlhf_cli.train.optim import make_optimizer, state_bytes
 from tests.models.worlds import lora_role, make_base, tokens
 from tests.rollouts.test_experience import experience
 from tests.stages import world as w

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.safetensors"))
+    return sorted((cache / "reference").rglob("*.safetensors"))
 
 
 def go(content: dict[str, Any], *options: object) -> Outcome:
@@ -340,8 +341,29 @@ def test_a_dry_run_leaves_the_cache_alone(toy: Toy, cache: Path) -> None:
     content = toy("dpo", "pairs", "run", 48, **DPO)
     quick("dpo", w.save(content, Path(content["output_dir"]).with_suffix(".yaml")), "--dry-run")
     assert not cache.exists()
-    go(w.merged(content, {"reference_cache": "off"}))
+    go(w.merged(content, {"reference_cache": "off", "data": {"cache": "off"}}))
     assert not cache.exists()
+
+
+def about_data(outcome: Outcome) -> list[str]:
+    return [line for line in outcome.err.splitlines() if line.startswith(("train", "eval", "warning"))]
+
+
+def test_samples_are_found_by_later_runs(toy: Toy, tmp_path: Path, cache: Path) -> None:
+    content = toy("dpo", "pairs", "run", 48, **DPO | {"reference_cache": "off"})
+    first = go(content)
+    found = sorted((cache / "samples").iterdir())
+    assert (len(found), entries(cache)) == (2, []), "train and eval"
+    for path in found:
+        os.utime(path, (1, 1))
+    quick("dpo", w.save(content, tmp_path / "dry.yaml"), "--dry-run")
+    assert [path.stat().st_mtime for path in found] == [1, 1]
+    second = content | {"output_dir": str(tmp_path / "again")}
+    again = go(second)
+    assert about_data(again) == about_data(first)
+    assert sorted((cache / "samples").iterdir()) == found
+    assert min(path.stat().st_mtime for path in found) > 1, "read, so they stay"
+    assert_same(tmp_path / "again", Path(content["output_dir"]))
 
 
 def test_two_runs_at_once(toy: Toy, tmp_path: Path, cache: Path) -> None:

@@ -46,6 +46,10 @@ class DataSettings(Settings):
     before the completion is never cut. The counts are always shown."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be used (empty completion, equal pair, wrong columns): stop, or drop and count it."""
+    cache: Literal["auto", "off"] = "auto"
+    """auto: the tokens are kept for later runs on the same rows with the same tokenizer, in the folder RLHF_CACHE
+    (default: rlhf in the user's cache), and taken from there. off: neither. Every row is read and checked all the same,
+    and the result never changes."""
 
 
 class SFTDataSettings(DataSettings):

@@ -28,8 +28,9 @@ class ModelSettings(Settings):
     architecture's own."""
     chat_template: str | None = None
     """A file with a Jinja template, or the template itself; default: the tokenizer's."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: of as many layers as
+    the free memory asks for, and of more when it runs out. Never changes the result."""
 
 
 class LoraSettings(Settings):

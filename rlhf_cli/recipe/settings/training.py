@@ -21,7 +21,8 @@ class TrainingSettings(Settings):
     batch_size: Count = 32
     """Examples (sequences, pairs, completions) in one optimiser step."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=8)] = "auto"
-    """Tokens in memory at once. Never changes the result; halved by itself when memory runs out."""
+    """Tokens in memory at once; `auto`: as many as fit, measured before the first step. Never changes the result;
+    halved by itself when memory runs out."""
     layout: Literal["auto", "packed", "padded"] = "auto"
     """packed: examples share rows and pairs share their prompt; padded: a row a sequence. Never changes the result."""
     num_epochs: Positive = 1.0
