@@ -106,7 +106,8 @@ def _ppo(world: Path, data: Any, common: dict[str, Any]) -> Any:
         AutoModelForSequenceClassification.from_pretrained(str(world / "reward"), num_labels=1) for _ in range(2)
     )
     arguments = library.PPOConfig(**common | {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "total_episodes": 16 * common["max_steps"], "max_steps": -1,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": -1,
+        "total_episodes": 16 * common["max_steps"],
         "num_ppo_epochs": 4, "num_mini_batches": 1, "response_length": 128, "temperature": 1.0, "stop_token": "eos",
         "gamma": 1.0, "lam": 0.95, "kl_coef": 0.05, "num_sample_generations": 0,
         "local_rollout_forward_batch_size": 16,

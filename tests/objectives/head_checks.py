@@ -203,6 +203,6 @@ SURVIVORS: dict[str, str] = {
     "__init__: constant: 0 -> 1": "a sum that nobody reads",
     "__init__: name: torch.zeros_like(rows, dtype=torch.float32) -> torch.ones_like(rows, dtype=torch.float32)":
         "shrunk to nothing by the first tile",
-    "_backward: comparison: factor.dtype == torch.float32 -> factor.dtype != torch.float32":
+    "add_gradient: comparison: factor.dtype == torch.float32 -> factor.dtype != torch.float32":
         "two ways of adding the same product",
 }  # fmt: skip

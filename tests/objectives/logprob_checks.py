@@ -246,6 +246,26 @@ def check_token_logp_kinds(m: Any) -> None:
     close(out.mean, naive(head_of(w, b)(h), ids, 1.3)[2].float(), 1e-5)
 
 
+def check_gradient_known_beforehand(m: Any) -> None:
+    # Only a trained head at temperature 1, in training, is done with in the forward pass.
+    for known, heat, trained, grad in ((-0.5, 1.0, True, True), (None, 1.0, True, True), (-0.5, 2.0, True, True),
+                                       (-0.5, 1.0, False, True), (-0.5, 1.0, True, False)):  # fmt: skip
+        generator = torch.Generator().manual_seed(3)
+        hidden, weight = (torch.randn(n, 4, generator=generator).requires_grad_() for n in (5, 7))
+        ids, at_once = torch.arange(5), (known, heat, trained, grad) == (-0.5, 1.0, True, True)
+        weight.requires_grad_(trained)
+        with torch.set_grad_enabled(grad):
+            out = m.token_logp(hidden, Head(weight), ids, heat, statistics="entropy", upstream=known)
+        assert (weight.grad is not None) == at_once
+        plain = torch.log_softmax((hidden.detach() @ weight.detach().T) / heat, -1)
+        close(out.logp, plain[torch.arange(5), ids], 1e-6)
+        close(out.entropy, -(plain.exp() * plain).sum(1), 1e-6)
+        if grad:
+            (out.logp * -0.5).sum().backward()
+            assert (weight.grad is not None) == trained
+            assert hidden.grad is not None
+
+
 MODULE = logprob
 CHECKS = checks_of(globals())
 CLASSICAL: list[tuple[str, Check, str, str]] = [
