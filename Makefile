@@ -10,6 +10,7 @@ PYTHON ?= python3
 RESUME ?= auto
 JOBS ?= 2
 KILLS ?= 200
+REPEATS ?= 3
 BIN := .venv/bin
 READY := .venv/ready
 RLHF := $(BIN)/rlhf
@@ -20,7 +21,7 @@ DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test faults planted check clean gpu-check
+.PHONY: help setup demo test faults planted check audit bench clean gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,8 +54,16 @@ check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(READY) ## compare the pinned versions with known faults (needs a network; pip-audit goes to build/audit)
+	$(BIN)/python -m pip install -q --target build/audit pip-audit
+	PYTHONPATH=build/audit $(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt
+
 gpu-check: $(READY) ## what needs an NVIDIA GPU: marked tests and the tiny chain in bfloat16 and nf4
 	scripts/gpu_check.sh
+
+bench: $(READY) ## measure against TRL and write docs/BENCHMARKS.md (PARTS="growth floor" REPEATS=3 PAIRS=file; hours)
+	$(BIN)/python scripts/bench/all.py $(PARTS) --repeats $(REPEATS) $(if $(PAIRS),--pairs $(PAIRS)) \
+		$(if $(PEER),--peer $(PEER)) $(if $(PPO_PEER),--ppo-peer $(PPO_PEER))
 
 # --- the demo: every run directory is a target -----------------------------------------------------------
 

@@ -23,6 +23,10 @@ from rlhf_cli.runs.options import Options
 
 BROKEN_PIPE = 141
 HINT_FULL = "free some space, then run the same command again to resume"
+NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "failed to map segment", "can't start new thread",
+)  # fmt: skip
+"""How the system, and the libraries on it, say that memory ran out."""
 HINT_MEMORY = "lower data.max_length or training.micro_batch_tokens, or set model.quantization: nf4 with lora"
 
 app = typer.Typer(
@@ -290,7 +294,7 @@ def _hardware(error: BaseException) -> RlhfError | None:
     """Memory or disk that ran out, reported as such; None for anything else."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    if isinstance(error, MemoryError) or on_device or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or on_device or any(words in str(error) for words in NO_MEMORY):
         return ModelError(f"out of memory: {error}".removesuffix(": "), hint=HINT_MEMORY)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ModelError(f"the disk is full: {error}", hint=HINT_FULL)

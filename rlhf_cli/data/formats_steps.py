@@ -108,7 +108,9 @@ def _asked(row: Row) -> Prompt:
 def _texts(row: Row, column: str) -> tuple[str, ...]:
     found = rows.items(row, column)
     for value in found:
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            rows.sound(value, f"an item of '{column}'")
+        else:
             raise BadRow(f"a step is {rows.kind_of(value)}, not text")
         rows.filled(value, "step")
     if not found:

@@ -13,22 +13,22 @@ from rlhf_cli.catalog import OBJECTIVES, Data, Need
 from rlhf_cli.data import formats, sources
 from rlhf_cli.data.examples import Example, Task, digest
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.lints import contradictions
+from rlhf_cli.data.quarantine import BadRows, bad_rows, refuse
 from rlhf_cli.data.reading import Finished, Format, Wanted
-from rlhf_cli.data.report import DataReport, SourceReport, joined_words, shared_prompts, tally, token_report
+from rlhf_cli.data.report import DataReport, Lint, SourceReport, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.rows import BadRow
 from rlhf_cli.data.shelf import Shelf
 from rlhf_cli.data.split import How, Split, make_split
 from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DataError, Problem
+from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
 
 OnBadRow = Literal["error", "drop"]
-LISTED = 20
-"""How many bad rows an error names."""
 READ_FOR: dict[str, Need] = {
     "margin": "target", "target": "target", "chosen_safe": "safety", "rejected_safe": "safety",
     "chosen_score": "scores", "score_chosen": "scores", "rejected_score": "scores", "score_rejected": "scores",
@@ -47,6 +47,8 @@ class Examples:
     """Source of each example: (len(items),) int32."""
     weights: list[float]
     """Weight of each source; not applied yet."""
+    bad: tuple[BadRows, ...] = ()
+    """Rows of each source that were dropped because they cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Prepared:
     report: DataReport
     shelved: tuple[Callable[[], None], ...] = ()
     """What is left to do so that later runs find the samples."""
+    bad: tuple[BadRows, ...] = ()
+    """Rows that were dropped because they cannot be used."""
 
 
 def load_examples(
@@ -73,25 +77,27 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     wanted: Wanted = Wanted(),
     split: str = "train",
+    max_bad_rows: float | None = None,
 ) -> tuple[Examples, DataReport]:
     """All examples of some sources.
 
     An example without what `wanted` asks for is a bad row. Raises DataError for what cannot be read, for bad rows
-    unless they are to be dropped, and when a source has no usable row.
+    unless they are to be dropped (and are not too many), and when a source has no usable row.
     """
     read = [_read(one, kind, wanted, split) for one in settings]
-    if on_bad_row == "error":
-        _refuse([d for one in read for d in one.bad])
+    refuse([one.bad for one in read], 0 if on_bad_row == "error" else max_bad_rows)
     for one in read:
         if not one.items:
             raise DataError(_nothing(one), one.report.path)
     items = [item for one in read for item in one.items]
     source = np.repeat(np.arange(len(read), dtype=np.int32), [len(one.items) for one in read])
     return (
-        Examples(items, source, [s.weight for s in settings]),
+        Examples(items, source, [s.weight for s in settings], tuple(one.bad for one in read)),
         DataReport(
             tuple(one.report for one in read),
             warnings=(*(w for one in read for w in one.warnings), *joined_words(items, split)),
+            lints=tuple(Lint(split, reason) for reason in tally(contradictions(items))),
+            bad_rows=sum(len(one.bad.reasons) for one in read),
         ),
     )
 
@@ -135,6 +141,7 @@ def prepare(
         tasks_eval=held_out.tasks if held_out else [],
         report=_report(loaded, splits, both, template),
         shelved=tuple(done.shelved for done in splits.values() if done.shelved is not None),
+        bad=tuple(bad for examples, _ in loaded.values() for bad in examples.bad),
     )
 
 
@@ -144,7 +151,10 @@ def check_data(recipe: Recipe) -> list[str]:
     shared = [loaded["eval"][0].items[i].where for i in _both(loaded)]
     lines = _merged([report for _, report in loaded.values()], shared).lines()
     if isinstance(recipe, PPORecipe) and recipe.ppo.ptx is not None:
-        _, report = load_examples(recipe.ppo.ptx.data, "demonstration", recipe.data.on_bad_row, split="ptx")
+        _, report = load_examples(
+            recipe.ppo.ptx.data, "demonstration", recipe.data.on_bad_row, split="ptx",
+            max_bad_rows=recipe.data.max_bad_rows,
+        )  # fmt: skip
         lines += report.lines()
     return [*lines, "lengths not checked: tokens are counted when the stage starts (try --dry-run)"]
 
@@ -164,7 +174,9 @@ def _load(data: DataSettings, kind: Data, needs: tuple[Need, ...]) -> dict[str, 
     if isinstance(data, RewardDataSettings):
         wanted = Wanted(needs, data.step_separator, data.segments, data.ratings)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
-    return {split: load_examples(s, kind, data.on_bad_row, wanted, split) for split, s in splits.items()}
+    return {
+        split: load_examples(s, kind, data.on_bad_row, wanted, split, data.max_bad_rows) for split, s in splits.items()
+    }
 
 
 # --- one source ------------------------------------------------------------------------------------------
@@ -173,7 +185,7 @@ def _load(data: DataSettings, kind: Data, needs: tuple[Need, ...]) -> dict[str, 
 @dataclass(frozen=True)
 class _Read:
     items: list[Example]
-    bad: list[Dropped]
+    bad: BadRows
     report: SourceReport
     warnings: tuple[str, ...]
 
@@ -190,7 +202,8 @@ def _read(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> _
         if settings.format == "auto"
         else formats.named(settings.format, kind, settings.path)
     )
-    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind)
+    names = dict.fromkeys(columns + sources.keys_of_messages(columns, [row for _, row in head]))
+    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind, names)
     done = chosen.finish[kind](items, wanted) if kind in chosen.finish else Finished(items, [])
     items, unfit, unused = suited(done.items, wanted)
     bad += unfit
@@ -203,12 +216,14 @@ def _read(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> _
         examples=len(items),
         kept=len(items),
         weight=settings.weight,
-        unused=() if kind == "task" else tuple(c for c in columns if not _used(c, chosen, wanted)),
+        unused=() if kind == "task" else tuple(c for c in names if not _used(c, chosen, wanted)),
         digest=digest(items),
         dropped=tally(bad + done.dropped + unused),
     )
     warnings = (*done.warnings, *nothing_to_learn(items))
-    return _Read(items, bad, report, tuple(f"{split} {settings.path}: {w}" for w in warnings))
+    return _Read(
+        items, bad_rows(settings, bad, count), report, tuple(f"{split} {settings.path}: {w}" for w in warnings)
+    )
 
 
 def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
@@ -216,27 +231,22 @@ def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
     return column in chosen.reads and (need is None or need in wanted.needs)
 
 
-def _examples(rows: Iterator[sources.Located], chosen: Format, kind: Data) -> tuple[list[Any], list[Dropped], int]:
-    """What the format's reader gives, the rows it refuses, and the number of rows."""
+def _examples(
+    rows: Iterator[sources.Located], chosen: Format, kind: Data, names: dict[str, None]
+) -> tuple[list[Any], list[Dropped], int]:
+    """What the format's reader gives, the rows it refuses, and the number of rows; `names` learns their columns."""
     items: list[Any] = []
     bad: list[Dropped] = []
     count, read = 0, chosen.gives[kind]
     for where, row in rows:
         count += 1
+        if not names.keys() >= row.keys():
+            names |= dict.fromkeys(row)
         try:
             items += read(row, where)
         except BadRow as error:
             bad.append(Dropped(str(error), where))
     return items, bad, count
-
-
-def _refuse(bad: list[Dropped]) -> None:
-    if not bad:
-        return
-    problems = [Problem(d.reason, d.where) for d in bad[:LISTED]]
-    more = len(bad) - LISTED
-    text = f"and {more} more bad rows" if more > 0 else f"{len(bad)} bad row{'s' if len(bad) > 1 else ''} in all"
-    raise DataError([*problems, Problem(text, hint="correct them, or set data.on_bad_row: drop to leave them out")])
 
 
 def _nothing(one: _Read) -> str:
@@ -260,7 +270,8 @@ def _report(
             cut = splits[split].cut(index)
             counted.append(replace(one, kept=one.kept - len(cut), dropped=one.dropped + tally(cut)))
         tokens = token_report(split, splits[split].made, template.stop_ids)
-        reports.append(replace(report, sources=tuple(counted), tokens=(tokens,)))
+        odd = tuple(Lint(split, reason) for reason in tally(splits[split].lints))
+        reports.append(replace(report, sources=tuple(counted), tokens=(tokens,), lints=report.lints + odd))
     kept = {split: set(done.made.kept.tolist()) for split, done in splits.items()} if both else {}
     shared = [i for i, train in both.items() if i in kept["eval"] and not kept["train"].isdisjoint(train)]
     return _merged(reports, [splits["eval"].places[i] for i in shared])
@@ -278,4 +289,6 @@ def _merged(reports: list[DataReport], shared: list[str]) -> DataReport:
         tokens=tuple(t for r in reports for t in r.tokens),
         duplicates=next(iter(tally(Dropped("same prompt", where) for where in shared)), None),
         warnings=tuple(w for r in reports for w in r.warnings),
+        lints=tuple(lint for r in reports for lint in r.lints),
+        bad_rows=sum(r.bad_rows for r in reports),
     )

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 
 from rlhf_cli.data.examples import Message
 from rlhf_cli.errors import DataError, RecipeError, did_you_mean
@@ -54,13 +54,17 @@ def protect(special: re.Pattern[str], messages: Sequence[Message]) -> tuple[list
 
 
 def render(tokenizer: Any, chat: str, messages: Sequence[Message], ask: bool) -> str:
-    """The text of a conversation; `ask`: with the header of the assistant's next turn."""
-    return tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in messages],
-        chat_template=_dated(chat),
-        add_generation_prompt=ask,
-        tokenize=False,
-    )
+    """The text of a conversation; `ask`: with the header of the assistant's next turn. Raises TemplateError, also for
+    what a template computes wrongly."""
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages],
+            chat_template=_dated(chat),
+            add_generation_prompt=ask,
+            tokenize=False,
+        )
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @lru_cache
@@ -68,6 +72,16 @@ def _dated(chat: str) -> str:
     """The template with calls for today's date answered by FIXED_DATE."""
     call = r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)"""
     return re.sub(call, lambda found: repr(FIXED_DATE.strftime(found[2])), chat)
+
+
+def left_out(tokenizer: Any, chat: str, roles: Sequence[str]) -> tuple[str, ...]:
+    """The roles of turns of which the template writes nothing; none when it refuses such a conversation."""
+    messages = [Message(role, f"turn-{i}-said") for i, role in enumerate(roles)]
+    try:
+        text = render(tokenizer, chat, messages, False)
+    except TemplateError:
+        return ()
+    return tuple(dict.fromkeys(m.role for m in messages if m.content not in text))
 
 
 def steady(chat: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_cli.data.examples import Comparison, Demonstration, Example, Ranking, Steps, Task
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.quarantine import FILE
 from rlhf_cli.data.tokenizing import Tokenized
 
 NAMED = 50
@@ -29,6 +30,17 @@ class Reason:
     def __str__(self) -> str:
         more = ", ..." if self.count > 3 else ""
         return f"{self.reason}: {self.count} ({', '.join(self.where[:3])}{more})"
+
+
+@dataclass(frozen=True)
+class Lint:
+    """Examples of a split that are kept, though something is odd about them."""
+
+    split: str
+    found: Reason
+
+    def __str__(self) -> str:
+        return f"{self.split} (kept): {self.found}"
 
 
 @dataclass(frozen=True)
@@ -117,11 +129,14 @@ class DataReport:
     tokens: tuple[TokenReport, ...] = ()
     duplicates: Reason | None = None
     """Eval prompts that are train prompts too; they are kept."""
+    lints: tuple[Lint, ...] = ()
+    bad_rows: int = 0
+    """Rows dropped because they cannot be used."""
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"bad_rows_file": FILE if self.bad_rows else None}
 
     def lines(self) -> list[str]:
         """Short lines for people, warnings last."""
@@ -133,6 +148,7 @@ class DataReport:
         found = list(self.warnings)
         if self.duplicates is not None:
             found.append(f"eval prompts that are also train prompts (kept), {self.duplicates}")
+        found += [str(lint) for lint in self.lints]
         for report in self.tokens:
             if report.ended is not None and report.ended < 0.5:
                 found.append(

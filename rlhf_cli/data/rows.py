@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -29,6 +30,9 @@ SHAREGPT_ROLES = {
 }
 
 
+HALF = re.compile("[\ud800-\udfff]")
+
+
 class BadRow(Exception):
     """A row that cannot be used; its text is the reason, in a few words."""
 
@@ -47,7 +51,14 @@ def text(row: Row, column: str) -> str:
         raise BadRow(f"no '{column}'")
     if not isinstance(row[column], str):
         raise BadRow(f"'{column}' is {kind_of(row[column])}, not text")
-    return row[column]
+    return sound(row[column], f"'{column}'")
+
+
+def sound(value: str, what: str) -> str:
+    """The text itself, refused when it holds half of a surrogate pair, which no tokenizer takes."""
+    if not value.isascii() and (half := HALF.search(value)) is not None:
+        raise BadRow(f"{what} holds half a character (U+{ord(half[0]):04X})")
+    return value
 
 
 def optional_text(row: Row, column: str) -> str:
@@ -73,10 +84,11 @@ LARGEST = 1e15
 
 def finite(value: float, what: str) -> float:
     """The number as a float. Raises BadRow when it is not finite, or too large to compute with."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f"{what} is not a finite number")
     if abs(value) > LARGEST:
-        raise BadRow(f"{what} is {value:g}: too large, rescale it")
+        written = f"{value:g}" if isinstance(value, float) else f"a number of {len(str(abs(int(value))))} digits"
+        raise BadRow(f"{what} is {written}: too large, rescale it")
     return float(value)
 
 
@@ -161,6 +173,9 @@ def _message(value: Any, column: str, role_key: str, content_key: str, roles: Ma
         raise BadRow(f"unknown role {role!r} in '{column}'" if role is not None else f"a message without '{role_key}'")
     if not isinstance(content, str):
         raise BadRow(f"a message whose '{content_key}' is {kind_of(content)}, not text")
+    if value.get("tool_calls"):
+        raise BadRow("a message with 'tool_calls', which are not read: write them into its content")
+    sound(content, f"'{content_key}' of a message")
     return Message(roles[role], content)
 
 
@@ -199,6 +214,7 @@ def alpaca_messages(row: Row) -> tuple[Message, ...]:
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
             raise BadRow("'history' is not a list of [user, assistant] pairs")
+        sound("".join(pair), "'history'")
         found += [Message("user", pair[0]), Message("assistant", pair[1])]
     ask = filled(text(row, "instruction"), "prompt")
     return *found, Message("user", f"{ask}\n{extra}" if extra else ask)
@@ -254,7 +270,7 @@ def _one_of_several(value: Any, asked: Prompt) -> str:
         return text(value, key)
     if not isinstance(value, str):
         raise BadRow(f"a completion is {kind_of(value)}, not text")
-    return value
+    return sound(value, "a completion")
 
 
 def only_answer(said: tuple[Message, ...], column: str) -> str:

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -20,6 +21,8 @@ Located: TypeAlias = tuple[str, dict[str, Any]]
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LONGEST_LINE = 2**26
+"""Bytes of a line. Longer ones are no rows, and would be read into memory whole."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -35,6 +38,9 @@ def read(source: SourceSettings) -> Iterator[Located]:
 
 def _open(source: SourceSettings) -> Iterator[Located]:
     path = Path(source.path)
+    if path.exists() and (source.name is not None or source.split != "train"):
+        key = "name" if source.name is not None else "split"
+        raise DataError(f"data.*.{key} is only read of hub data sets, and this is here", source.path, "leave it out")
     if path.is_dir():
         files = sorted(
             f for f in path.iterdir() if f.is_file() and not f.name.startswith(".") and suffix(f) is not None
@@ -44,6 +50,8 @@ def _open(source: SourceSettings) -> Iterator[Located]:
         return itertools.chain.from_iterable(_file(f) for f in files)
     if path.exists():
         return _file(path)
+    if path.parts[:1] == ("~",):
+        raise DataError("file not found: ~ is not read as your home folder", source.path, "write the whole path")
     if looks_like_hub_id(source.path):
         return _hub(source)
     raise DataError("file not found", source.path, _sibling(path))
@@ -78,6 +86,8 @@ def _rename(rows: Iterable[Located], source: SourceSettings) -> Iterator[Located
         yield where, {k: v for k, v in row.items() if k not in used and k not in source.columns} | given
 
 
+ROLE_KEYS = frozenset({"role", "from"})
+MESSAGE_KEYS = ROLE_KEYS | {"content", "value", "tool_calls"}
 ABSENT = object()
 
 
@@ -110,6 +120,17 @@ def check_columns(source: SourceSettings, columns: list[str], head: Sequence[Map
         )  # fmt: skip
 
 
+def keys_of_messages(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of messages that nothing reads, as `column.key`."""
+    found: dict[str, None] = {}
+    for column in columns:
+        for value in (row.get(column) for row in head):
+            for message in value if isinstance(value, list) else [value]:
+                if isinstance(message, dict) and not ROLE_KEYS.isdisjoint(message):
+                    found |= dict.fromkeys(f"{column}.{key}" for key in message if key not in MESSAGE_KEYS)
+    return list(found)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -117,6 +138,8 @@ def _file(path: Path) -> Iterator[Located]:
     ending = suffix(path)
     if ending is None:
         raise DataError("not a kind of data file", str(path), f"known kinds: {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError("not a regular file: data are read more than once", str(path), "make it a file")
     return READERS[ending.removesuffix(".gz")](path)
 
 
@@ -144,8 +167,12 @@ def _text(data: bytes, where: str) -> str:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines that are not blank, with `file:line`; lines end at LF only, a CR before it is dropped."""
     with _bytes(path) as stream:
-        for count, line in enumerate(stream, start=1):
+        for count, line in enumerate(iter(partial(stream.readline, LONGEST_LINE + 1), b""), start=1):
             where = f"{path}:{count}"
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"a line longer than {LONGEST_LINE >> 20} MiB", where, "put each row on a line of its own"
+                )
             content = _text(line.removeprefix(BOM) if count == 1 else line, where).rstrip("\r\n")
             if content.strip():
                 yield where, content
@@ -158,12 +185,26 @@ def _txt(path: Path) -> Iterator[Located]:
 def _jsonl(path: Path) -> Iterator[Located]:
     for where, line in _lines(path):
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_once)
+        except TwiceError as twice:
+            raise DataError(f"the key '{twice}' is given twice", where, "keep one of them") from None
         except json.JSONDecodeError as error:
             raise DataError(f"not JSON: {error.msg} at column {error.colno}", where, _json_hint(path, line)) from None
         except (RecursionError, ValueError) as error:
             raise DataError(f"not readable JSON: {_short(error)}", where) from None
         yield where, _object(value, where)
+
+
+class TwiceError(Exception):
+    """An object has a key twice, of which one would be lost."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise TwiceError(next(name for name in names if names.count(name) > 1)[:60])
+    return found
 
 
 def _json_hint(path: Path, line: str) -> str:
@@ -176,6 +217,8 @@ def _json(path: Path) -> Iterator[Located]:
     """An array of objects; a file that does not begin with `[` is read as one object a line."""
     with _bytes(path) as stream:
         first = stream.read(4096).removeprefix(BOM).lstrip()[:1]
+        while not first and (more := stream.read(4096)):
+            first = more.lstrip()[:1]
         if first == b"[":
             stream.seek(0)
             data = stream.read().removeprefix(BOM)
@@ -183,7 +226,9 @@ def _json(path: Path) -> Iterator[Located]:
         yield from _jsonl(path)
         return
     try:
-        values = json.loads(_text(data, str(path)))
+        values = json.loads(_text(data, str(path)), object_pairs_hook=_once)
+    except TwiceError as twice:
+        raise DataError(f"a row has the key '{twice}' twice", str(path), "keep one of them") from None
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg}", f"{path}:{error.lineno}:{error.colno}") from None
     except (RecursionError, ValueError) as error:
@@ -196,6 +241,8 @@ def _json(path: Path) -> Iterator[Located]:
 def _short(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if "integer string conversion" in str(error):
+        return "a number with thousands of digits"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_cli.data.examples import Example, Task
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.lints import silent_turns, spelled_out
 from rlhf_cli.data.samples import Places
 from rlhf_cli.data.shelf import Shelf, pack, unpack
 from rlhf_cli.data.template import Template
@@ -42,6 +43,8 @@ class Split:
     """Of each example."""
     tasks: list[Task]
     """Of each sample; empty unless the examples are tasks."""
+    lints: list[Dropped]
+    """What is odd about the examples, seen with the tokenizer."""
     shelved: Callable[[], None] | None
     """Lets later runs find the samples; None where they are not kept."""
 
@@ -70,6 +73,7 @@ def make_split(
     about = {"examples": [list(one) for one in content], "template": template.digest, **asdict(how)}
     shelf = shelf if template.steady else None
     found = None if shelf is None else shelf.find(about)
+    lints = spelled_out(items, template) + silent_turns(items, template)
     shelved = None
     if found is not None:
         made = unpack(*found, places)
@@ -79,7 +83,7 @@ def make_split(
     trim()
     if shelf is not None:
         shelved = partial(shelf.keep, about, *pack(made)) if found is None else partial(shelf.used, about)
-    return Split(made, source, places, [tasks[i] for i in made.kept] if tasks else [], shelved)
+    return Split(made, source, places, [tasks[i] for i in made.kept] if tasks else [], lints, shelved)
 
 
 def _handed_over(items: list[Example]) -> Iterator[Example]:

@@ -30,6 +30,8 @@ WEIGHTS = "adapter_model.safetensors"
 SCORE_LAYER = "base_model.model.score"
 SCORE = f"{SCORE_LAYER}.weight"
 """Where peft keeps the scalar head of a sequence classifier."""
+BASE = "trained_on.json"
+"""Beside an adapter: the fingerprint of the base weights it was trained on."""
 COMPILER_OFF = "TORCHDYNAMO_DISABLE"
 """The variable that makes torch.compile give functions back as they are."""
 
@@ -86,6 +88,12 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         return load_peft().LoraConfig.from_pretrained(str(folder)), tensors
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(f"no usable adapter_config.json: {_first_line(error)}", str(folder)) from error
+
+
+def trained_on(folder: Path) -> str | None:
+    """Fingerprint of the base that an adapter's own folder names; None for one that was not written here."""
+    path = folder / BASE
+    return read_json(path).get("fingerprint") if path.is_file() else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -182,5 +190,6 @@ def write_adapter(base: Base, name: str, folder: Path, head: torch.nn.Linear | N
         config |= {"task_type": "CAUSAL_LM"}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / BASE).write_text(json.dumps({"fingerprint": base.fingerprint}) + "\n")
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")

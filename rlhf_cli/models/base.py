@@ -22,8 +22,10 @@ from transformers import (
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.models import memory
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
+from rlhf_cli.models.gate import check_files, check_template, end_ids
 from rlhf_cli.models.lighten import lighten
 from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
@@ -122,15 +124,12 @@ def _attempt(what: str, where: str, function: Callable[[], Any]) -> Any:
     """function(), its failure as a ModelError that names `where`."""
     try:
         return function()
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        first = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise ModelError(f"{what}: {first}", where) from error
-    except Exception as error:
-        if type(error).__module__.startswith(("safetensors", "tokenizers")) or type(error).__name__ == "Exception":
-            raise ModelError(f"{what}: {error}", where, "the file is damaged") from error
-        raise
+    except Exception as error:  # whatever a library says of a file
+        if memory.ran_out(error):
+            raise
+        lines = str(error).strip().split("\n")
+        first = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:2])
+        raise ModelError(f"{what}: {first[:300] or type(error).__name__}", where) from error
 
 
 MODELS = {
@@ -151,6 +150,9 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> 
     revision = settings.revision
     if revision is None and path.kind == "adapter" and path.weights is not None:
         revision = read_json(path.weights / "adapter_config.json").get("revision")
+    for folder in {Path(source), path.weights or Path(source)}:
+        if folder.is_dir():
+            check_files(folder)
     safe: dict[str, Any] = {"trust_remote_code": False}
     if revision:
         safe["revision"] = revision
@@ -166,26 +168,25 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> 
         raise ModelError(message, settings.name_or_path, hint)
     own = str(path.weights or path.name)
     tokenizer = _attempt("no usable tokenizer", own, lambda: AutoTokenizer.from_pretrained(own, **safe))
-    generation = None if found != "policy" else _generation_config(source, safe)
-    template = load_template(tokenizer, settings.chat_template, _end_ids(generation))
-    if not template.stop_ids:
+    if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end token, so nothing would ever stop", own,
                          "set eos_token in tokenizer_config.json")  # fmt: skip
+    generation = None if found != "policy" else _generation_config(source, safe)
+    ends = [] if generation is None else end_ids(generation.to_dict(), source)
+    template = load_template(tokenizer, settings.chat_template, ends)
+    check_template(template, own)
     return Text(path, source, tokenizer, template, config, generation, revision)
 
 
-def _end_ids(generation: GenerationConfig | None) -> list[int]:
-    ends = None if generation is None else generation.eos_token_id
-    return [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
-
-
 def _generation_config(source: str, safe: dict[str, Any]) -> GenerationConfig | None:
+    there = (Path(source) / "generation_config.json").is_file()
+    revision = {k: v for k, v in safe.items() if k == "revision"}
     try:
-        return transformers.GenerationConfig.from_pretrained(
-            source, **{k: v for k, v in safe.items() if k == "revision"}
-        )
-    except OSError:  # the file is optional
-        return None
+        return transformers.GenerationConfig.from_pretrained(source, **revision)
+    except (OSError, ValueError, TypeError) as error:  # the file is optional
+        if not there:
+            return None
+        raise ModelError("no usable generation_config.json", source, "correct the file, or remove it") from error
 
 
 def check_length(text: Text, longest: int, key: str) -> None:
@@ -245,10 +246,11 @@ def load_base(
         keep_4bit_layout(model)
         if chosen == "auto" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(SEGMENTS)  # no effect on architectures with attention code of their own
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            "the weights do not fit the device", source, "use quantization: nf4 or a smaller model"
-        ) from error
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        raise ModelError("the weights do not fit the memory", source,
+                         "use quantization: nf4 or a smaller model") from error  # fmt: skip
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -286,10 +288,3 @@ def _check_tensors(model: PreTrainedModel, info: dict[str, Any], source: str) ->
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"tensor {name} holds NaN or infinite numbers", source)
-
-
-def check_vocabulary(base: Base, text: Text) -> None:
-    """ModelError when the tokenizer knows more tokens than the embedding has rows."""
-    rows = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    if len(text.tokenizer) > rows:
-        raise ModelError(f"the tokenizer has {len(text.tokenizer)} tokens, the embedding {rows} rows", base.source)

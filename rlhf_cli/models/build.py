@@ -11,8 +11,9 @@ from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import adapters, checkpointing
-from rlhf_cli.models.base import Base, Text, check_vocabulary, load_base
+from rlhf_cli.models.base import Base, Text, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
+from rlhf_cli.models.gate import check_vocabulary
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.model_path import Kept
 from rlhf_cli.recipe.schema import Recipe
@@ -80,13 +81,18 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
 
 def check_base(text: Text, base: Base) -> None:
     """ModelError when an adapter's run remembers other base weights than those that were loaded."""
-    lineage = (text.path.run or {}).get("lineage", {}).get("base") or {}
-    known = lineage.get("fingerprint")
+    known = _trained_on(text)
     if known and known != base.fingerprint:
         raise ModelError(
             f"its adapter was trained on other base weights than {base.source} holds now", text.path.name,
             "restore the base, or train the adapter again",
         )  # fmt: skip
+
+
+def _trained_on(text: Text) -> str | None:
+    """Fingerprint of the base weights that an adapter was trained on, from its run or from its own file."""
+    lineage = (text.path.run or {}).get("lineage", {}).get("base") or {}
+    return lineage.get("fingerprint") or (adapters.trained_on(text.path.weights) if text.path.weights else None)
 
 
 def load_reference(policy: Role, text: Text, *, moves: bool = False) -> tuple[Role, str]:
@@ -176,11 +182,12 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
             return Role(name, shared)
         base = load_base(text.source, settings, trained=False, classifier=kind != "policy",
                          of_tokens=kind == "process", revision=text.revision)  # fmt: skip
+        check_vocabulary(base, text)
         base.packed = allows_packing(base)
         disable_dropout(base)
         if kind == "policy":
             return Role(name, base)
-        return Role(name, base, None, _head(base, *_score_layer(base, text, several=kind == "process")))
+        return Role(name, base, None, _head(base, text, *_score_layer(base, text, several=kind == "process")))
     config, tensors = adapters.read_adapter(str(text.path.weights))
     fits = shared is not None and _same_base(text, shared)
     base = (
@@ -191,6 +198,7 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     if base is not shared:
         base.packed = allows_packing(base)
     check_base(text, base)
+    check_vocabulary(base, text)
     adapters.add_adapter(base, name, config, tensors)
     disable_dropout(base)
     if kind == "policy":
@@ -198,7 +206,7 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     if adapters.SCORE not in tensors:
         raise ModelError(f"the reward adapter has no tensor {adapters.SCORE}", str(text.path.weights))
     bias = tensors.get(f"{adapters.SCORE_LAYER}.bias") if kind == "process" else None
-    return Role(name, base, name, _head(base, tensors[adapters.SCORE], bias))
+    return Role(name, base, name, _head(base, text, tensors[adapters.SCORE], bias))
 
 
 def kind_of(text: Text) -> Kept:
@@ -208,8 +216,16 @@ def kind_of(text: Text) -> Kept:
     return next((kind for end, kind in ends.items() if architecture.endswith(end)), text.path.role)
 
 
-def _head(base: Base, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A head of given weights (C, H) and, when there is one, bias (C,), float32."""
+def _head(base: Base, text: Text, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A head of given weights (C, H) and, when there is one, bias (C,), float32. ModelError for other shapes."""
+    several, width = kind_of(text) == "process", base.model.config.get_text_config().hidden_size
+    rows = len(weight) if weight.ndim == 2 else 0
+    whole = weight.shape == (rows, width) and (rows in (2, 3) if several else rows == 1)
+    if not whole or (bias is not None and bias.shape != (rows,)):
+        raise ModelError(
+            f"its head {adapters.SCORE} is {tuple(weight.shape)}, not {('2 or 3' if several else 1, width)}",
+            text.path.name, "train it again, or take another reward model",
+        )  # fmt: skip
     head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device=base.device, dtype=torch.float32)
     with torch.no_grad():
         head.weight.copy_(weight)
@@ -222,7 +238,7 @@ def _same_base(text: Text, shared: Base) -> bool:
     """Whether an adapter's base is the one in memory (a trained base is not: its weights move)."""
     if shared.peft is None:
         return False
-    known = ((text.path.run or {}).get("lineage", {}).get("base") or {}).get("fingerprint")
+    known = _trained_on(text)
     return known == shared.fingerprint if known else text.source == shared.source
 
 

@@ -16,6 +16,10 @@ _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.u
 """Files of a control group, of its second and its first version: the limit, and what is used."""
 
 
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
+"""How libraries say it."""
+
+
 def room(device: torch.device) -> int:
     """Bytes that could be allocated now: on a card what is free or only cached; else what the machine, and every
     control group this process is in, leaves to it."""
@@ -35,9 +39,10 @@ def peak(device: torch.device, function: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def ran_out(error: RuntimeError) -> bool:
-    """Whether this is the device's, or the CPU allocator's, word for no memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def ran_out(error: Exception) -> bool:
+    """Whether this is the device's, the CPU allocator's or the system's word for no memory."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in NO_MEMORY)
 
 
 def _available() -> int:

@@ -137,12 +137,16 @@ def open_reward(
         model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         return model.to(device).eval()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    more: dict[str, Any] = {"use_safetensors": True}
+    if role.base.revision is not None:
+        more["revision"] = role.base.revision
     quantized: dict[str, Any] = {}
     if (settings := getattr(role.base.model.config, "quantization_config", None)) is not None:
         settings = copy.deepcopy(settings)
         settings.llm_int8_skip_modules = ["score"]
         quantized = {"quantization_config": settings, "device_map": {"": device}}
-    model = kind.from_pretrained(base, num_labels=len(labels) or 1, pad_token_id=pad_id(text), dtype=dtype, **quantized)
+    about = {"num_labels": len(labels) or 1, "pad_token_id": pad_id(text), "dtype": dtype}
+    model = kind.from_pretrained(base, **about, **more, **quantized)
     keep_4bit_layout(model)
     opened: torch.nn.Module = adapters.load_peft().PeftModel.from_pretrained(model, str(folder)).eval()
     return opened if quantized else opened.to(device)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.errors import DataError, ModelError, RecipeError
 from rlhf_cli.recipe.function_path import function_file
 from rlhf_cli.recipe.model_path import canonical, fingerprint, resolve_model, sha256, similar
 from rlhf_cli.recipe.schema import Recipe
@@ -27,14 +27,18 @@ _FREE = (
     "training.max_steps",
     "training.micro_batch_tokens",
     "training.layout",
+    "training.max_loss_spike",
+    "training.max_grad_spike",
+    "training.spike_window",
     "model.gradient_checkpointing",
     "rollout.max_batch",
     "reference_cache",
     "data.cache",
+    "data.max_bad_rows",
     "doctor",
 )
-"""Keys that cannot change what a step computes. `doctor` decides when to stop and what to undo, and may change when a
-paused run goes on."""
+"""Keys that cannot change what a step computes. `doctor` and the spikes decide when to stop and what to undo, and may
+change when a stopped run goes on."""
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -126,6 +130,10 @@ def _model(name: str, revision: str | None, above: tuple[str, ...] = ()) -> dict
     found = resolve_model(name)
     if found.weights is None:
         return {name: f"hub:{name}@{revision or 'main'}"}
+    if revision is not None:
+        raise RecipeError(
+            "is only read of hub models, and this is a folder", f"model.revision of {name}", "leave it out"
+        )
     weights = fingerprint(found.weights)
     result = {name: weights if found.run is None else f"run:{found.run.get('digest')} {weights}"}
     tokenizer = [[n, sha256(found.weights / n)] for n in _TOKENIZER if (found.weights / n).is_file()]

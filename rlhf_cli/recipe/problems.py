@@ -10,9 +10,11 @@ from typing import Any
 
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.errors import Problem, did_you_mean
+from rlhf_cli.recipe.contradictions import contradiction
 from rlhf_cli.recipe.hints import foreign_key, foreign_value
 from rlhf_cli.recipe.keys import blocks_of, known_at, stages_with
 from rlhf_cli.recipe.schema import RECIPES
+from rlhf_cli.recipe.settings.blocks import Contradictions
 from rlhf_cli.recipe.tree import Found, Node, Path, Place, entries, shorten
 
 LONGEST_WORD = 60
@@ -61,7 +63,7 @@ def explain(errors: Iterable[Any], root: Node, stage: str) -> list[Found]:
         found += [_missing(c, root) for c in missing]
         rest = [c for c in group if c.type != "missing"]
         if rest and not (path in parents and rest[0].type in _WANTED):
-            found.append(_explain_group(rest, root, stage))
+            found += _explain_group(rest, root, stage)
     return found
 
 
@@ -94,29 +96,36 @@ def _missing(complaint: _Complaint, root: Node) -> Found:
     return _found(place, (*complaint.path, complaint.last), "this key is missing", hint)
 
 
-def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> Found:
-    """One problem for all that was said of one value: every member of a union complains for itself."""
+def _explain_group(group: Sequence[_Complaint], root: Node, stage: str) -> list[Found]:
+    """The problems behind all that was said of one value: every member of a union complains for itself."""
     first = group[0]
-    if first.type == "extra_forbidden":
-        return _unknown_key(first, root, stage)
     if first.type == "value_error":
-        return _contradiction(first)
-    if first.type.startswith("union_tag"):
-        return _wrong_name(first)
+        error = first.context.get("error", first.context["msg"])
+        messages = error.messages if isinstance(error, Contradictions) else [str(error)]
+        return [contradiction(message, first.node, first.path, root) for message in messages]
+    if first.type == "extra_forbidden":
+        return [_unknown_key(first, root, stage)]
+    return [_wrong_name(first) if first.type.startswith("union_tag") else _one_of(group)]
+
+
+def _one_of(group: Sequence[_Complaint]) -> Found:
+    """A value that no member of its union takes."""
+    first = group[0]
     bound = next((c for c in group if c.type in _BOUNDS), None)
     wanted = [_WANTED[c.type] for c in group if c.type in _WANTED]
     choices = [choice for c in group if c.type == "literal_error" for choice in _quoted(c.context["expected"])]
-    if (wanted or choices) and not bound:
+    short = next((c for c in group if c.type in ("too_short", "string_too_short")), None)
+    if (wanted or choices) and not bound and not short:
         return _wrong_value(first.node, first.path, choices, wanted)
     message, hint = str(first.context["msg"]), ""
     if bound:
         key, words = _BOUNDS[bound.type]
         message = f"must be {words} {bound.context[key]:.15g}, found {first.node.written}"
-    elif first.type == "string_too_short":
+    elif short and short.type == "string_too_short":
         message = "the text is empty"
-    elif first.type == "too_short":
-        least = first.context["min_length"]
-        message = "the list is empty" if least == 1 else f"the list has {first.context['actual_length']} of {least}"
+    elif short:
+        least = short.context["min_length"]
+        message = "the list is empty" if least == 1 else f"the list has {short.context['actual_length']} of {least}"
         hint = "give at least one" if least == 1 else f"give at least {least}"
     return _found(first.node.place, first.path, message, hint)
 
@@ -223,18 +232,6 @@ def _foreign_hint(key: str, stage: str) -> str:
         return hint
     others = stages_with(head[1], "")
     return f"{hint}, in the command {' or '.join(others)}" if others else hint
-
-
-def _contradiction(complaint: _Complaint) -> Found:
-    """Settings that do not go together: placed at the first key that the message names."""
-    message = str(complaint.context.get("error", complaint.context["msg"]))
-    for dotted in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message):
-        node: Node | None = complaint.node
-        for step in dotted.split("."):
-            node = entries(node).get(step)
-        if node:
-            return _found(node.key_place, (*complaint.path, *dotted.split(".")), message)
-    return _found(complaint.node.key_place, complaint.path, message)
 
 
 def _wrong_objectives(root: Node, stage: str) -> list[Found]:

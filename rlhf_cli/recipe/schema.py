@@ -5,12 +5,13 @@ Objectives, estimators and controllers come from the catalogue; their blocks are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES, Settings, objectives_of
-from rlhf_cli.recipe.settings.blocks import as_mapping, block
+from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES, Objective, objectives_of
+from rlhf_cli.recipe.settings.blocks import Checked, Name, as_mapping, block, terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings
 from rlhf_cli.recipe.settings.doctor import TripwireSettings
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
@@ -20,7 +21,7 @@ from rlhf_cli.recipe.settings.rollout import RolloutSettings
 from rlhf_cli.recipe.settings.training import CheckpointSettings, EvaluationSettings, LoggingSettings, TrainingSettings
 
 
-class Recipe(Settings):
+class Recipe(Checked):
     """What all stages share."""
 
     stage: str
@@ -41,19 +42,30 @@ class Recipe(Settings):
     """When to evaluate."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides the data order, initial heads and adapters, dropout and sampling."""
-    output_dir: str
+    output_dir: Name
     """The run directory."""
 
-    @model_validator(mode="after")
-    def _quantised_needs_lora(self) -> Recipe:
+    def contradictions(self) -> Iterator[str]:
         if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(
+            yield (
                 "model.quantization is set but lora is null: a quantised base cannot be trained itself; "
                 "add `lora: {}` or set `quantization: none`"
             )
         if self.model.quantization == "int8" and self.lora is not None and self.lora.use_dora:
-            raise ValueError("lora.use_dora does not work on model.quantization int8: use nf4, or use_dora: false")
-        return self
+            yield "lora.use_dora does not work on model.quantization int8: use nf4, or use_dora: false"
+        if self.training.layout == "packed" and self.model.attn_implementation != "auto":
+            yield (
+                f"training.layout packed needs attention by segments, and model.attn_implementation "
+                f"{self.model.attn_implementation} has none: set one of them to auto"
+            )
+        for entry in self.objectives() if self.training.batch_size < 2 else ():
+            if {"kl_point", "whole_step"} & set(entry.needs):
+                yield f"training.batch_size is 1, and objective {entry.name} compares those of a step: two at least"
+
+    def objectives(self) -> list[Objective]:
+        """What is minimised, term by term; none for ppo."""
+        block: Any = getattr(self, "objective", None)
+        return [] if block is None else [OBJECTIVES[term.name] for _, term in terms_of(block)]
 
 
 class SFTRecipe(Recipe):
@@ -69,26 +81,30 @@ class RewardRecipe(Recipe):
     objective: block(objectives_of("train-rm"), "bradley_terry") = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
     """What is minimised: bradley_terry unless another name is given."""
 
-    @model_validator(mode="after")
-    def _data_settings_are_read(self) -> RewardRecipe:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         name = self.objective.name
-        kind, plain = OBJECTIVES[name].data, RewardDataSettings.model_fields
         for key, wanted in (("ratings", "rated"), ("segments", "steps"), ("step_separator", "steps")):
-            if kind != wanted and getattr(self.data, key) != plain[key].default:
+            if OBJECTIVES[name].data != wanted and any(self.data.changed(key)):
                 readers = ", ".join(o.name for o in objectives_of("train-rm") if o.data == wanted)
-                raise ValueError(f"data.{key} is only read by {readers}, and objective.name is {name}")
-        return self
+                yield f"data.{key} is only read by {readers}, and objective.name is {name}"
 
 
 class DPORecipe(Recipe):
     stage: Literal["dpo"]
     objective: block(objectives_of("dpo"), mix="dpo_mix")  # type: ignore[valid-type]
     """Which objective, and its settings; or `{terms: [...]}`, several with weights."""
-    reference: str | None = None
+    reference: Name | None = None
     """Another frozen model as reference; null: the model the policy starts from."""
     reference_cache: Literal["auto", "off"] = "auto"
     """auto: the reference's log-probabilities are kept for later runs on the same data and weights, in the folder
     RLHF_CACHE (default: rlhf in the user's cache), and taken from there. off: neither. Never changes the result."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        names = [entry.name for entry in self.objectives() if "reference" not in entry.needs]
+        if self.reference is not None and len(names) == len(self.objectives()):
+            yield f"reference is not read by objective {', '.join(names)}: leave it out"
 
 
 class ORPORecipe(Recipe):
@@ -119,64 +135,76 @@ class PPORecipe(Recipe):
     doctor: TripwireSettings = TripwireSettings()
     """Watches training: findings in plain words, and what they set off."""
 
-    @model_validator(mode="after")
-    def _settings_are_read(self) -> PPORecipe:
-        if self.evaluation.max_new_tokens != type(self.evaluation).model_fields["max_new_tokens"].default:
-            raise ValueError(
-                "evaluation.max_new_tokens is not read by ppo, which samples with rollout.max_new_tokens there too: "
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from self._unread()
+        yield from self._groups()
+        yield from self._rewards()
+        if self.rollout.max_new_tokens >= self.data.max_length:
+            yield (
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "
+                f"data.max_length = {self.data.max_length}"
+            )
+        if self.data.truncation == "right":
+            yield "data.truncation right cuts completions, and ppo's data have none: use left or drop"
+        steps = self.training.max_steps
+        if steps is not None and steps <= self.critic.pretrain_steps:
+            yield (
+                f"critic.pretrain_steps = {self.critic.pretrain_steps} would be all of training.max_steps = {steps}: "
+                f"the policy would never be trained"
+            )
+
+    def _unread(self) -> Iterator[str]:
+        estimator = ESTIMATORS[self.ppo.advantage.name]
+        for key in self.evaluation.changed("max_new_tokens"):
+            yield (
+                f"evaluation.{key} is not read by ppo, which samples with rollout.max_new_tokens there too: "
                 "leave it out"
             )
-        weights = [reward.weight for reward in self.rewards if reward.role == "reward"]
-        if weights and not any(weights):
-            raise ValueError(
-                "rewards.weight is 0 for all that have role: reward, which leaves nothing to maximise: give one of "
-                "them another weight"
-            )
-        return self
+        if not estimator.critic:
+            for key in self.critic.changed(*CriticSettings.model_fields):
+                yield f"critic.{key} asks for a critic, and ppo.advantage {estimator.name} has none: use gae"
+            if any(self.doctor.wires.changed("explained_variance")):
+                yield (
+                    f"doctor.wires.explained_variance watches a critic, and ppo.advantage {estimator.name} has none: "
+                    f"leave it out"
+                )
 
-    @model_validator(mode="after")
-    def _whole_groups(self) -> PPORecipe:
+    def _groups(self) -> Iterator[str]:
         rollout, each = self.training.batch_size * self.ppo.mini_batches, self.rollout.completions_per_prompt
+        estimator = ESTIMATORS[self.ppo.advantage.name]
         if rollout % each:
-            raise ValueError(
+            yield (
                 f"a rollout of training.batch_size x ppo.mini_batches = {rollout} completions cannot be shared out in "
                 f"groups of rollout.completions_per_prompt = {each}"
             )
-        estimator = ESTIMATORS[self.ppo.advantage.name]
         if each < estimator.group:
-            raise ValueError(
+            yield (
                 f"ppo.advantage {estimator.name} compares the completions of one prompt: "
                 f"rollout.completions_per_prompt must be at least {estimator.group}, found {each}"
             )
         if self.ppo.whiten_rewards and not estimator.critic:
-            raise ValueError(
-                f"ppo.whiten_rewards shifts what ppo.advantage {estimator.name} compares: use gae, or false"
-            )
-        changed = [k for k, f in CriticSettings.model_fields.items() if getattr(self.critic, k) != f.default]
-        if changed and not estimator.critic:
-            raise ValueError(
-                f"critic.{changed[0]} asks for a critic, and ppo.advantage {estimator.name} has none: use gae"
+            yield f"ppo.whiten_rewards shifts what ppo.advantage {estimator.name} compares: use gae, or false"
+
+    def _rewards(self) -> Iterator[str]:
+        weights = [reward.weight for reward in self.rewards if reward.role == "reward"]
+        if weights and not any(weights):
+            yield (
+                "rewards.weight is 0 for all that have role: reward, which leaves nothing to maximise: give one of "
+                "them another weight"
             )
         costs = [reward.title() for reward in self.rewards if reward.role == "cost"]
-        if costs and self.ppo.lagrange is None:
-            raise ValueError(f"the reward '{costs[0]}' has role: cost; say how it is held down: ppo.lagrange: {{}}")
-        if self.ppo.lagrange is not None and self.ppo.whiten_rewards:
-            raise ValueError(
-                "ppo.whiten_rewards scales reward and cost apart, and ppo.lagrange weighs them: false for one"
-            )
-        if self.ppo.lagrange is not None and not costs:
-            raise ValueError("ppo.lagrange holds down a cost: give one of the rewards role: cost")
         if len(costs) == len(self.rewards):
-            raise ValueError("all rewards have role: cost; at least one must be a reward")
+            yield "all rewards have role: cost; at least one must be a reward"
+        elif costs and self.ppo.lagrange is None:
+            yield f"rewards holds '{costs[0]}' with role: cost; say how it is held down: ppo.lagrange: {{}}"
+        if self.ppo.lagrange is not None and self.ppo.whiten_rewards:
+            yield "ppo.whiten_rewards scales reward and cost apart, and ppo.lagrange weighs them: false for one"
+        if self.ppo.lagrange is not None and not costs:
+            yield "ppo.lagrange holds down a cost: give one of the rewards role: cost"
         titles = [reward.title() for reward in self.rewards]
         if len(set(titles)) < len(titles):
-            raise ValueError(f"two rewards have the same name ({', '.join(titles)}): give each a `name`")
-        if self.rollout.max_new_tokens >= self.data.max_length:
-            raise ValueError(
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "
-                f"data.max_length = {self.data.max_length}"
-            )
-        return self
+            yield f"two rewards have the same name ({', '.join(titles)}): give each a `name`"
 
 
 RECIPES: dict[str, type[Recipe]] = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli.data.examples import Task
-from rlhf_cli.errors import RecipeError
-from rlhf_cli.models.base import Text, load_text
+from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import frozen_role
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import Kept, read_json, resolve_model
@@ -40,15 +41,20 @@ Checked = FunctionReward | RuleReward | Judge
 
 
 def check_rewards(
-    settings: Sequence[RewardSettings], model: ModelSettings, policy: Text, tasks: Sequence[Task]
+    settings: Sequence[RewardSettings], model: ModelSettings, policy: Text, tasks: Sequence[Task], longest: int
 ) -> list[Checked]:
-    """Everything about the rewards that can be known without weights. `tasks`: of training and evaluation.
+    """Everything about the rewards that can be known without weights. `tasks`: of training and evaluation; `longest`:
+    tokens of a prompt with its completion.
 
     Functions are imported and called once, rules look at their columns, reward models show tokenizer, configuration,
     statistics and how their steps end; a prompt that a reward model's own template cannot render is refused. Raises
     RecipeError, DataError or ModelError.
     """
-    return [_check(one, model, policy, tasks, f"rewards.{i}.function") for i, one in enumerate(settings)]
+    checked = [_check(one, model, policy, tasks, f"rewards.{i}.function") for i, one in enumerate(settings)]
+    for judge in checked:
+        if isinstance(judge, Judge):
+            check_length(judge.text, longest, f"data.max_length (reward model {judge.settings.run})")
+    return checked
 
 
 def _check(settings: RewardSettings, model: ModelSettings, policy: Text, tasks: Sequence[Task], key: str) -> Checked:
@@ -78,9 +84,19 @@ def check_run(settings: RewardSettings, model: ModelSettings, policy: Text, task
     mean, std = statistics(settings, text)
     if text.template.digest != policy.template.digest:
         for task in tasks:
-            retokenise(text.template, task, "Yes.", finished=True)
+            _readable(text, task, settings.run)
     cut = None if trained is None or objective is None else _cut_of(trained["data"], settings.run)
     return Judge(settings, text, mean, std, objective, cut)
+
+
+def _readable(text: Text, task: Task, run: str) -> None:
+    """DataError when a reward model's own template cannot render a prompt."""
+    try:
+        retokenise(text.template, task, "Yes.", finished=True)
+    except DataError as error:
+        problem = error.problems[0]
+        raise DataError(f"the reward model {run} cannot read this prompt: {problem.message}", problem.where,
+                        problem.hint) from error  # fmt: skip
 
 
 def _trained_as(name: str) -> dict[str, Any] | None:
@@ -108,7 +124,11 @@ def statistics(settings: RewardSettings, text: Text) -> tuple[float, float]:
         raise RecipeError(f"no {STATISTICS} beside the reward model", f"rewards.run {settings.run}",
                           "name a train-rm run, or set normalize: false")  # fmt: skip
     stored = read_json(file)
-    return float(stored["mean"]), float(stored["std"])
+    mean, std = stored.get("mean"), stored.get("std")
+    if not (isinstance(mean, int | float) and isinstance(std, int | float) and math.isfinite(mean + std) and std > 0):
+        raise ModelError(f"has no usable mean and std: {mean!r} and {std!r}", str(file),
+                         "the file is damaged; restore it, or set normalize: false")  # fmt: skip
+    return float(mean), float(std)
 
 
 def open_rewards(checked: Sequence[Checked], model: ModelSettings, policy: Role, text: Text) -> list[Reward]:

@@ -71,7 +71,17 @@ def decide(path: Path, wanted: Identity, resume: str) -> Decision:
         return Decision("fresh")
     if (path / "DONE").is_file():
         return _finished(path, wanted)
-    return Decision("resume" if manifest.listed(path / "checkpoints") else "fresh")
+    listed = manifest.listed(path / "checkpoints")
+    if listed and all(manifest.fault(checkpoint, content=False) for checkpoint in listed):
+        raise no_whole_checkpoint(path / "checkpoints")
+    return Decision("resume" if listed else "fresh")
+
+
+def no_whole_checkpoint(folder: Path) -> ModelError:
+    """What to say of checkpoints of which none can be gone on from: nothing of them is overwritten."""
+    first = manifest.listed(folder)[0]
+    return ModelError(f"no checkpoint there is whole: {first.name}: {manifest.fault(first)}", str(folder),
+                      f"restore one; {ARCHIVE}")  # fmt: skip
 
 
 def refuse_inputs_inside(path: Path, wanted: Identity) -> None:

@@ -7,7 +7,6 @@ import os
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from rlhf_cli.errors import ModelError
@@ -30,7 +29,7 @@ from rlhf_cli.runs.metrics import HINT, Lines, plain, read_lines
 
 SCHEMA = 1
 _ATTEMPT = (
-    "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "report.html", "final",
+    "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "bad-rows.jsonl", "report.html", "final",
     "doctor.jsonl", "rollbacks", "postmortem.html",
 )  # fmt: skip
 """What an attempt without any checkpoint leaves behind, removed when the run starts over."""
@@ -126,8 +125,10 @@ class Run:
         """Append {step, prompt, completion, score?} to samples.jsonl. Raises ModelError when the disk refuses."""
         self._lines["samples.jsonl"].append(record)
 
-    def write_data_report(self, report: dict[str, Any]) -> None:
-        """Write data-report.json. Raises ModelError when the disk refuses."""
+    def write_data_report(self, report: dict[str, Any], bad_rows: bytes = b"") -> None:
+        """Write data-report.json, and bad-rows.jsonl where there are some. Raises ModelError when the disk refuses."""
+        if bad_rows:
+            self._put("bad-rows.jsonl", bad_rows)
         self._put("data-report.json", report)
 
     def sizes(self) -> dict[str, int]:
@@ -174,18 +175,16 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _last_step(self) -> int:
         rows = read_lines(self.path / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
-    def _put(self, name: str, value: dict[str, Any]) -> None:
+    def _put(self, name: str, value: dict[str, Any] | bytes) -> None:
         try:
-            write(self.path / name, _pretty(value))
+            write(self.path / name, value if isinstance(value, bytes) else _pretty(value))
         except OSError as error:
             raise disk_error(error, "cannot be written", self.path / name, HINT) from error
 
@@ -230,15 +229,11 @@ class Run:
     def _write_head(self, lineage: dict[str, Any]) -> None:
         from rlhf_cli.recipe.reader import dump_recipe
 
-        head = self._head(lineage)
-        new = not (self.path / "run.json").exists()
-        write(self.path / "run.json", _pretty(head))
-        if new:
-            self._made.insert(0, self.path / "run.json")
-        new = not (self.path / "recipe.yaml").exists()
-        write(self.path / "recipe.yaml", dump_recipe(self.recipe).encode())
-        if new:
-            self._made.insert(0, self.path / "recipe.yaml")
+        head = {"run.json": _pretty(self._head(lineage)), "recipe.yaml": dump_recipe(self.recipe).encode()}
+        for name, content in head.items():
+            if not (self.path / name).exists():
+                self._made.insert(0, self.path / name)
+            write(self.path / name, content)
 
     def _head(self, lineage: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json; a resumed run keeps its own and notes the resumption."""

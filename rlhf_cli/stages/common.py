@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from rlhf_cli.catalog import Data
 from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared, prepare
+from rlhf_cli.data.quarantine import FILE, quarantined
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.models.base import Text, check_length
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.report.page import write_report
 from rlhf_cli.rollouts.generate import Sampling, sample
+from rlhf_cli.runs.decide import no_whole_checkpoint
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
@@ -72,7 +74,9 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     run = engine.run
     run.begin(lineage)
     engine.display.attach(run.path / "run.log")
-    run.write_data_report(prepared.report.to_json())
+    run.write_data_report(prepared.report.to_json(), quarantined(prepared.bad))
+    if prepared.report.bad_rows:
+        engine.display.note(f"bad rows dropped: {prepared.report.bad_rows}, written to {run.path / FILE}")
     for keep in prepared.shelved:
         keep()
     engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, engine.recipe.model_dump(mode="json"))
@@ -81,8 +85,7 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     if saved is not None:
         snapshot.restore(engine, saved)
     elif run.status == "resume":
-        engine.display.warn("no whole checkpoint is left: starting over")
-        run.rewind({})
+        raise no_whole_checkpoint(run.checkpoints)
 
 
 def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:

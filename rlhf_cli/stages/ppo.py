@@ -52,7 +52,8 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     data = ppo_setup.read_tasks(recipe, text, display)
     data, ptx = ppo_setup.read_ptx(recipe, data, text, display)
     tasks = data.tasks_train
-    checked = check_rewards(recipe.rewards, recipe.model, text, [*tasks, *data.tasks_eval])
+    everything = [*tasks, *data.tasks_eval]
+    checked = check_rewards(recipe.rewards, recipe.model, text, everything, recipe.data.max_length)
     sampling = Sampling.of(recipe.rollout, text.template)
     if sampling.warning is not None:
         display.warn(sampling.warning)

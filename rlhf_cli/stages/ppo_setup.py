@@ -83,10 +83,16 @@ def read_ptx(recipe: PPORecipe, tasks: Prepared, text: Text, display: Display) -
     for line in report.lines():
         display.note(line)
     both = replace(
-        tasks.report, sources=tasks.report.sources + report.sources, tokens=tasks.report.tokens + report.tokens
+        tasks.report,
+        sources=tasks.report.sources + report.sources,
+        tokens=tasks.report.tokens + report.tokens,
+        lints=tasks.report.lints + report.lints,
+        bad_rows=tasks.report.bad_rows + report.bad_rows,
     )
     loader = common.make_loader(recipe, found, settings.batch_size or recipe.training.batch_size)
-    return replace(tasks, report=both, shelved=tasks.shelved + found.shelved), Ptx(found.train, loader, settings.coef)
+    return replace(tasks, report=both, shelved=tasks.shelved + found.shelved, bad=tasks.bad + found.bad), Ptx(
+        found.train, loader, settings.coef
+    )
 
 
 def warn_of_long_limits(recipe: PPORecipe, display: Display) -> None:

@@ -13,7 +13,7 @@ from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
-from rlhf_cli.models.base import Text, load_text
+from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import frozen_role, load_reference
 from rlhf_cli.models.checks import rounds
 from rlhf_cli.models.roles import Role
@@ -85,6 +85,7 @@ def named_reference(recipe: Any, text: Text) -> Text | None:
     other = load_text(recipe.model.model_copy(update={"name_or_path": name, "revision": None}))
     if other.template.digest != text.template.digest:
         raise ModelError("the reference has another tokenizer or chat template than the policy", name)
+    check_length(other, recipe.data.max_length, f"data.max_length (reference {name})")
     return other
 
 

@@ -85,6 +85,8 @@ def save(
         _require_space(folder, len(text) + sum(safetensors_size(group) for group in tensors.values()))
         try:
             _write(draft, name, tensors, text)
+            if not target.exists():
+                os.rename(draft, target)
         except BaseException:
             remove_quietly(draft)
             raise
@@ -125,10 +127,9 @@ def _write(draft: Path, name: str, tensors: dict[str, dict[str, Tensor]], text: 
 
 
 def _publish(draft: Path, target: Path) -> None:
-    """Give a whole checkpoint its name, replacing one that has it."""
+    """Bring the name of a checkpoint to the disk; first give it that, when another one has it."""
     folder = target.parent
-    if not target.exists():
-        os.rename(draft, target)
+    if not draft.exists():
         sync_folder(folder)
     elif exchange(draft, target):
         sync_folder(folder)

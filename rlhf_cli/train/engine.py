@@ -30,6 +30,7 @@ from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.trackers import Trackers
 from rlhf_cli.train import passes, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
+from rlhf_cli.train.spikes import Spikes
 
 
 class Losses(NamedTuple):
@@ -89,7 +90,7 @@ class Engine:
     packed: bool
     step: int = 0
     tokens: int = 0
-    """Tokens passed through training forwards so far."""
+    """Tokens of the samples trained on so far, a prompt once a sample."""
     learners: dict[str, Learner] = field(default_factory=dict)
     kept: dict[str, Stateful] = field(default_factory=dict)
     kept_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -101,9 +102,13 @@ class Engine:
     """Step of a checkpoint that stays, however old."""
     halt: Callable[[], NoReturn] | None = None
     """Ends the run once the step under way is logged and in a checkpoint."""
+    spikes: Spikes = field(init=False)
     _signal: int | None = None
     _clock: float = 0.0
     _clock_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.spikes = Spikes(self.recipe.training)
 
     def add(self, role: Role, learning_rate: float, *, idle: int = 0) -> None:
         """Train this role; its schedule starts after `idle` steps."""
@@ -130,8 +135,8 @@ class Engine:
         """Forward, backward and one optimiser step over the samples of a step; the metrics of the step.
 
         counts: how many of each unit the step holds. also: another part with counts of its own; the losses add up.
-        Raises DivergedError before the step is applied when the loss or the gradient is not finite; ModelError when one
-        sample alone does not fit the memory.
+        Raises DivergedError before the step is applied when the loss or the gradient is not finite or trips a wire;
+        ModelError when one sample alone does not fit the memory.
         """
         learner = self.learners[role.name]
         own, every = Part(samples, loss, counts), [*samples, *(also.samples if also else ())]
@@ -145,6 +150,7 @@ class Engine:
             return totals | more | {"loss": totals["loss"] + more["loss"]}
 
         totals = passes.within_memory(self, every, accumulate, training=True)
+        passes.refuse_spike(self, learner, "loss", totals["loss"], every)
         return totals | {"grad_norm": passes.apply(self, learner, every)}
 
     def measure(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from rlhf_cli.data.batch import Batch, collate, micro_batches
+from rlhf_cli.data.batch import Batch, collate, micro_batches, size
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models import checkpointing, memory
@@ -81,7 +81,7 @@ def run(
     tokens, counts = 0, work.counts
     for group, raw in batches(engine, role, work.samples):
         batch = raw if prepare is None else prepare(raw, group)
-        tokens += batch.tokens
+        tokens += sum(size(work.samples[i], packed=batch.packed) for i in group)
         with role.active(train=scaler is not None):
             losses = work.loss(batch, group)
             parts = [value / max(counts[unit], 1) for unit, value in losses.sums.items()]
@@ -111,20 +111,30 @@ def apply(engine: Engine, learner: Learner, samples: Sequence[Sample]) -> float:
     learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
     if learner.skipped > (OVERFLOWS if learner.scaler.is_enabled() else 0):
         _diverged(engine, "grad_norm", norm, tuple(s.where for s in samples))
+    if learner.skipped == 0:
+        refuse_spike(engine, learner, "grad_norm", norm, samples)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def _diverged(engine: Engine, name: str, value: float, where: tuple[str, ...], *, training: bool = True) -> None:
-    """Log the number as it is, name the rows and the last whole checkpoint, stop."""
+def refuse_spike(engine: Engine, learner: Learner, name: str, value: float, samples: Sequence[Sample]) -> None:
+    """Raise a DivergedError when a number of this step trips its wire (train/spikes.py)."""
+    if words := engine.spikes.judge(learner.role.name, name, value):
+        _diverged(engine, name, value, tuple(s.where for s in samples), beyond=words)
+
+
+def _diverged(
+    engine: Engine, name: str, value: float, where: tuple[str, ...], *, training: bool = True, beyond: str = ""
+) -> None:
+    """Log the number as it is, name the rows and the last whole checkpoint, stop. beyond: what it is more than."""
     step = engine.step + 1 if training else engine.step
     engine.run.log({"step": step, name if training else f"eval/{name}": value})
     saved = checkpoint.newest(engine.run.checkpoints, engine.display)
     rows = ", ".join(where[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
     happened = f"at step {step}; the step was not applied" if training else f"in the evaluation after step {step}"
     raise DivergedError(
-        f"{name} is {value} {happened}; rows: {rows}", str(engine.run.path),
+        f"{name} is {value}{beyond} {happened}; rows: {rows}", str(engine.run.path),
         f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate or look at the rows",
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from rlhf_cli.errors import DivergedError
 from rlhf_cli.runs.files import disk_error
 from rlhf_cli.runs.metrics import HINT
 from rlhf_cli.train import checkpoint
@@ -28,7 +29,8 @@ def seed_generators(seed: int) -> None:
 def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
     """A whole checkpoint of this moment: trained tensors, optimisers, schedules, generators, and all that is kept.
 
-    sizes: of the metric files, where they are about to be cut back; None: as they are.
+    sizes: of the metric files, where they are about to be cut back; None: as they are. Raises DivergedError instead of
+    saving numbers that are not finite.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {
@@ -37,11 +39,14 @@ def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
         "budget": engine.budget,
         "sizes": engine.run.sizes() if sizes is None else sizes,
         "learners": {},
+        "spikes": engine.spikes.state_dict(),
         "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
     }
     for name, learner in engine.learners.items():
         tensors[name] = learner.role.tensors()
         tensors[f"{name}-optimizer"], optimizer = checkpoint.save_optimizer(learner.optimizer)
+        _require_finite(engine, name, tensors[name])
+        _require_finite(engine, f"{name}'s optimiser", tensors[f"{name}-optimizer"])
         state["learners"][name] = {
             "optimizer": optimizer,
             "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
@@ -51,6 +56,18 @@ def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
     tensors["random"], state["random"] = checkpoint.random_state()
     keep = engine.recipe.checkpoint.keep
     checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep, engine.spare)
+
+
+def _require_finite(engine: Engine, whose: str, tensors: dict[str, Tensor]) -> None:
+    """Raise a DivergedError for a number that no later step could mend: it is not saved over those before it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            saved = checkpoint.newest(engine.run.checkpoints, engine.display)
+            raise DivergedError(
+                f"tensor {name} of the {whose} holds NaN or infinite numbers after step {engine.step}",
+                str(engine.run.path),
+                f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate",
+            )
 
 
 def tidy(engine: Engine) -> None:
@@ -83,6 +100,7 @@ def load(engine: Engine, saved: checkpoint.Checkpoint) -> None:
         _resume_schedule(learner.scheduler, kept["scheduler"])
         if kept["scaler"]:
             learner.scaler.load_state_dict(kept["scaler"])
+    engine.spikes.load_state_dict(state.get("spikes", {}))  # absent in checkpoints of older versions
     for name, thing in engine.kept.items():
         thing.load_state_dict(state["kept"][name])
     for name, own in engine.kept_tensors.items():

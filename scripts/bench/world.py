@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 300, 1000
 """Tokens of a sequence, prompt and completion."""
 VOCABULARY = {"narrow": 16_384, "wide": 151_936}
 TEMPLATE = (
-    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 Pair = dict[str, list[dict[str, str]]]

@@ -84,13 +84,25 @@ def prepare(name: str, world: Path, folder: Path, launcher: Launcher, *, prove: 
     folder.mkdir()
     parts = ("run", "whole", "again")
     recipes = {part: w.save(scenes.content(name, world, folder / part), folder / f"{part}.yaml") for part in parts}
-    attempt = launcher.start(scenes.COMMANDS[name], recipes["whole"], folder / "whole")
+    attempt = launcher.start(scenes.COMMANDS[name], recipes["whole"], folder / "whole", verify=True)
     assert attempt.code == 0, attempt.said
+    always_whole(attempt, folder / "whole")
     if prove:
         again = launcher.start(scenes.COMMANDS[name], recipes["again"], folder / "again", fresh=True)
         assert again.code == 0, again.said
         judge.same(folder / "again", folder / "whole")
     return Scene(name, folder, folder / "whole", attempt.ops, attempt.seconds)
+
+
+def always_whole(attempt: Attempt, run: Path) -> None:
+    """From the first checkpoint on, a verified one lay there at every operation of every save, never an older one."""
+    first = next(n for n, step in enumerate(attempt.whole) if step >= 0)
+    after = attempt.whole[first:]
+    assert first < len(attempt.whole) / 2
+    assert min(after) >= 0, "a moment without any whole checkpoint"
+    rolled_back = (run / "rollbacks").exists()
+    assert after == sorted(after) or rolled_back, "the newest whole checkpoint was older for a moment"
+    assert len(after) > 100
 
 
 # --- blows -----------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Runs of the command line in forks of a process that has imported everything, so that a death costs no new start.
 
-Speaks JSON lines: {arguments, shim, said, strike} -> {code, seconds}. The command is `rlhf_cli.cli.app.main`, the very
-function that `python -m rlhf_cli` calls; its random generators are stirred first, as in any new process.
+Speaks JSON lines: {arguments, shim, said, strike, each, limits} -> {code, seconds}. The command is
+`rlhf_cli.cli.app.main`, the very function that `python -m rlhf_cli` calls; its random generators are stirred first, as
+in any new process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.faults import shim
+from tests.faults.each import Each
 
 TOO_LONG = 600.0
 
@@ -95,7 +98,14 @@ def _child(request: dict[str, Any]) -> NoReturn:
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         _stir()
-        shim.arm(request["shim"])
+        for name, value in request["limits"].items():
+            own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if name == "AS" else 0
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (own + value, resource.RLIM_INFINITY))
+        if request["each"]:
+            asked = request["each"]
+            Each(Path(asked["run"]), Path(asked["out"]), asked["parts"]).install()
+        else:
+            shim.arm(request["shim"])
         sys.argv = ["rlhf", *request["arguments"]]
         app.main()
     except SystemExit as leave:

@@ -6,10 +6,13 @@ wrappers in `os`. Standard library only, so that `sitecustomize` can arm it befo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,20 +31,48 @@ class Fault:
     """At the n-th operation (from 1) of this kind: death before it, or, of a write, in its middle; or an error."""
 
     place: str = "save"
-    """save, export, report, done, log or begin: which file of the run it touches."""
+    """save, export, report, done, log or begin: which file of the run it touches; empty: any."""
     op: str = ""
-    """Empty: any."""
+    """Empty: any, or any of `ops`."""
     n: int = 1
     torn: bool = False
     """A write is done by half before the process dies."""
     errno: int = 0
     """Fail with this error instead; from then on every write of the process fails so."""
+    ops: Sequence[str] = ()
+    """Operations that count; empty: all."""
+
+
+def newest(folder: str) -> int:
+    """The step of the newest checkpoint in a folder that is whole by its manifest; -1: none."""
+    found = -1
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        step = re.fullmatch(r"(?:\.(?=.*\.old-))?step-(\d+)(?:\.old-\d+)?", name)
+        if step and _whole(os.path.join(folder, name)):
+            found = max(found, int(step[1]))
+    return found
+
+
+def _whole(path: str) -> bool:
+    try:
+        with open(os.path.join(path, "manifest.json"), "rb") as file:
+            said = json.loads(file.read())["files"]
+    except OSError:
+        return False
+    if {*said, "manifest.json"} != set(os.listdir(path)):
+        return False
+    for name, entry in said.items():
+        with open(os.path.join(path, name), "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                return False
+    return True
 
 
 class Shim:
-    """What is counted in this process."""
+    """What is counted in this process. verify: look before every operation of a save which checkpoint is whole."""
 
-    def __init__(self, root: str, trace: str, fault: Fault | None) -> None:
+    def __init__(self, root: str, trace: str, fault: Fault | None, verify: bool = False) -> None:
+        self._verify = verify
         self._root = os.path.realpath(root)
         self._fault = fault
         self._count = 0
@@ -89,12 +120,15 @@ class Shim:
         self._busy = True
         try:
             self._write(self._trace, f"{place} {op} {os.path.basename(path)}\n".encode())
+            if self._verify and place == "save":
+                whole = newest(os.path.join(self._root, "checkpoints"))
+                self._write(self._trace, f"whole {whole} -\n".encode())
             fault = self._fault
             if fault is None:
                 return
             if self._failing and op in {"write", "open", "mkdir"}:
                 raise OSError(fault.errno, os.strerror(fault.errno), path)
-            if fault.place != place or fault.op not in ("", op):
+            if fault.place not in ("", place) or fault.op not in ("", op) or (fault.ops and op not in fault.ops):
                 return
             self._count += 1
             if self._count == fault.n:
@@ -131,12 +165,12 @@ def _opened(handle: int) -> str:
         return ""
 
 
-def encode(root: str, trace: str, fault: Fault | None) -> str:
+def encode(root: str, trace: str, fault: Fault | None, verify: bool = False) -> str:
     """For `arm` in another process."""
-    return json.dumps({"root": root, "trace": trace, "fault": asdict(fault) if fault else None})
+    return json.dumps({"root": root, "trace": trace, "fault": asdict(fault) if fault else None, "verify": verify})
 
 
 def arm(text: str) -> None:
     """Start counting in this process."""
     said = json.loads(text)
-    Shim(said["root"], said["trace"], Fault(**said["fault"]) if said["fault"] else None).start()
+    Shim(said["root"], said["trace"], Fault(**said["fault"]) if said["fault"] else None, said["verify"]).start()

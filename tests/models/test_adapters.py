@@ -200,9 +200,7 @@ def test_no_configuration(folder: Path) -> None:
     refused(lambda: adapters.read_adapter(folder), "adapter_config.json")
 
 
-@pytest.mark.parametrize(
-    "targets", [["nope"], "no.such", "(", [], ["act_fn"], ["embed_tokens", "input_layernorm"]], ids=str
-)
+@pytest.mark.parametrize("targets", [["nope"], "no.such", ["act_fn"], ["embed_tokens", "input_layernorm"]], ids=str)
 def test_targets_that_are_not_there(targets: Any) -> None:
     with pytest.raises(RecipeError, match=r"^lora\.target_modules: ") as caught:
         adapters.add_adapter(make_base("llama"), "p", adapters.lora_config(LoraSettings(target_modules=targets)))

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import base as module
 from rlhf_cli.models.attention import NAME as SEGMENTS
-from rlhf_cli.models.base import Base, Text, check_length, check_vocabulary, load_base, load_text
+from rlhf_cli.models.base import Base, Text, check_length, load_base, load_text
 from rlhf_cli.models.device import compute_dtype, micro_batch_range, pick_device
+from rlhf_cli.models.gate import check_vocabulary
 from rlhf_cli.recipe.settings.model import ModelSettings
 from tests.models.worlds import CPU, refused, write_model, write_tokenizer
 
@@ -250,7 +251,7 @@ def test_the_weights_do_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", full)
-    refused(lambda: load(copy), "do not fit the device", "nf4")
+    refused(lambda: load(copy), "do not fit the memory", "nf4")
 
 
 def test_devices_and_dtypes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,32 +21,36 @@ EXTRA = {
     "ppo": "rewards: [{run: runs/rm}]\n",
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+NAME = TEXT.filter(str.strip)
+LAYERS = TEXT.filter(bool).map(re.escape)
 POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
 VARIATIONS: dict[str, st.SearchStrategy[Any]] = {
-    "model.name_or_path": TEXT,
+    "model.name_or_path": NAME,
     "model.chat_template": TEXT,
     "model.gradient_checkpointing": st.booleans(),
-    "lora.target_modules": TEXT | st.lists(TEXT, max_size=3),
+    "lora.target_modules": LAYERS | st.lists(TEXT.filter(bool), min_size=1, max_size=3),
     "lora.alpha": POSITIVE,
-    "data.train": st.lists(TEXT.map(lambda text: {"path": text, "columns": {text: text}}), min_size=1, max_size=3),
-    "data.eval": st.none() | st.lists(TEXT, min_size=1, max_size=2),
+    "data.train": st.lists(NAME, min_size=1, max_size=3, unique=True).map(
+        lambda texts: [{"path": text, "columns": {text: text}} for text in texts]
+    ),
+    "data.eval": st.none() | st.lists(NAME, min_size=1, max_size=2),
     "training.learning_rate": POSITIVE,
     "training.micro_batch_tokens": st.just("auto") | st.integers(8, 2**40),
     "training.warmup_steps": st.none() | st.integers(0, 100),
     "training.max_grad_norm": st.none() | POSITIVE,
-    "logging.report_to": st.lists(st.sampled_from(["wandb", "trackio"]), max_size=2),
+    "logging.report_to": st.lists(st.sampled_from(["wandb", "trackio"]), max_size=2, unique=True),
     "seed": st.integers(0, 2**63 - 1),
-    "output_dir": TEXT,
+    "output_dir": NAME,
 }
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "sft": {"data.train_on_prompt": st.booleans(), "objective.label_smoothing": st.floats(0, 0.99)},
     "train-rm": {"objective.centring": st.floats(0, 1e9)},
     "ppo": {"ppo.kl": st.just({"name": "doubling", "coef": 0.5}),
             "rollout.stop": st.lists(TEXT.filter(bool), max_size=2),
-            "rewards": st.lists(TEXT, min_size=1, max_size=2).map(
+            "rewards": st.lists(NAME, min_size=1, max_size=2).map(
                 lambda texts: [{"function": t, "weight": -1.5, "name": f"r{i}"} for i, t in enumerate(texts)])},
     "dpo": {"objective": st.sampled_from(["ipo", "kto", "odpo"]).map(lambda name: {"name": name, "beta": 0.3}),
-            "reference": st.none() | TEXT},
+            "reference": st.none() | NAME},
     "orpo": {"objective.beta": POSITIVE},
     "simpo": {"objective.gamma_beta_ratio": st.none() | st.floats(-1e9, 1e9)},
 }  # fmt: skip

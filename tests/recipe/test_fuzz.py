@@ -73,6 +73,20 @@ def test_any_values_under_our_keys(values: dict[str, str], stage: str) -> None:
     read(body.encode(), [], stage)
 
 
+GOOD = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 6), PIECES), min_size=1, max_size=6)
+
+
+@given(st.sampled_from(GOOD), CHANGES)
+@settings(max_examples=250, deadline=None)
+def test_good_recipes_with_a_few_bytes_changed(path: Path, changes: list[tuple[float, int, str]]) -> None:
+    raw = path.read_bytes()
+    for place, length, piece in changes:
+        at = int(place * len(raw))
+        raw = raw[:at] + piece.encode() + raw[at + length :]
+    read(raw, [], None)
+
+
 @given(
     st.lists(
         st.text(max_size=40)

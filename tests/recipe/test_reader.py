@@ -165,7 +165,10 @@ def test_missing_keys_are_placed_at_the_mapping_that_lacks_them(tmp_path: Path) 
 
 def test_contradictions_are_placed_at_a_key_they_name(tmp_path: Path) -> None:
     text = DPO.replace("5e-6", "5e-6\n  warmup_ratio: 0.1\n  warmup_steps: 3")
-    assert problems(tmp_path, text) == ["r:9:3 training.warmup_ratio: give warmup_ratio or warmup_steps, not both"]
+    assert problems(tmp_path, text) == [
+        "r:9:3 training.warmup_ratio: give warmup_ratio or warmup_steps, not both (see training.warmup_steps on line "
+        "10)"
+    ]
     assert problems(tmp_path, DPO.replace("runs/sft", "{name_or_path: a, quantization: nf4}")) == [
         "r:2:26 model.quantization: model.quantization is set but lora is null: a quantised base cannot be trained "
         "itself; add `lora: {}` or set `quantization: none`"
@@ -430,7 +433,7 @@ def test_data_settings_that_nothing_reads(tmp_path: Path) -> None:
         (found,) = problems(tmp_path, recipe.replace("data:\n", f"data:\n  {line}\n"), stage="train-rm")
         key = line.partition(":")[0]
         assert found.startswith(f"r:4:3 data.{key}: data.{key} is only read by {reader}")
-        assert found.endswith("and objective.name is bradley_terry")
+        assert found.endswith("and objective.name is bradley_terry (see objective.name on line 7)")
 
 
 def test_what_whitening_may_do(tmp_path: Path) -> None:

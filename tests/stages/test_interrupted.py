@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_cli.train.engine import Engine
 from tests.stages import world as w
@@ -20,6 +22,8 @@ from tests.stages.conftest import quick, train
 Toy = Callable[..., dict[str, Any]]
 OFTEN = {"evaluation": {"every": 2}, "checkpoint": {"every": 3}}
 DROPOUT = {"lora": {"r": 8, "alpha": 16, "dropout": 0.1}}
+EIGHT = {"lora": {"r": 128, "alpha": 16, "dropout": 0.1}, "training": {"optimizer": "adamw_8bit"}}
+"""Matrices large enough that bitsandbytes keeps their moments in 8 bits."""
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -68,15 +72,24 @@ def interrupted(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPa
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "sft": ("sft", "chat", 4, DROPOUT),
     "sft-full-8bit": ("sft", "completion", 4, {"lora": None, "training": {"optimizer": "adamw_8bit"}}),
-    "rm": ("train-rm", "pairs", 4, {}),
+    "rm": ("train-rm", "pairs", 4, EIGHT),
     "dpo": ("dpo", "pairs", 4, {"objective": {"name": "dpo"}, **DROPOUT}),
     "dpo-second-epoch": ("dpo", "pairs", 5, {"objective": {"name": "dpo"}, "data": {"train": {"limit": 50}}}),
-    "kto": ("dpo", "verdicts", 4, {"objective": {"name": "kto"}}),
+    "kto": ("dpo", "verdicts", 4, {"objective": {"name": "kto"}, **EIGHT}),
     "bco": ("dpo", "verdicts", 4, {"objective": {"name": "bco"}}),
     "aot-ld": ("dpo", "pairs", 4, {"objective": {"terms": [{"name": "aot"}, {"name": "ld_dpo"}]}}),
     "step_labels": ("train-rm", "steps", 4, {"objective": {"name": "step_labels"}}),
+    "simpo": ("simpo", "pairs", 4, EIGHT),
+    "orpo": ("orpo", "pairs", 4, DROPOUT),
     "orpo-full": ("orpo", "pairs", 4, {"lora": None, "training": {"optimizer": "adafactor"}}),
 }
+
+
+def eight_bits(run: Path) -> bool:
+    """Whether moments in the newest checkpoint are kept in 8 bits."""
+    last = max((run / "checkpoints").iterdir())
+    (path,) = last.glob("*-optimizer.safetensors")
+    return any(tensor.dtype == torch.uint8 for tensor in load_file(path).values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,6 +100,8 @@ def test_a_stopped_run_goes_on_exactly(toy: Toy, monkeypatch: pytest.MonkeyPatch
     run = interrupted(toy(stage, kind, "stopped", **more), step, monkeypatch, signal.SIGTERM)
     whole = train(toy(stage, kind, "whole", **more))
     assert_same(run, whole)
+    if settings.get("training", {}).get("optimizer") == "adamw_8bit":
+        assert eight_bits(whole)
     if name == "dpo-second-epoch":
         assert w.metrics(whole)[4]["epoch"] == 1.0  # step 5, after which it was stopped, is in the second epoch
 
@@ -100,13 +115,13 @@ def ppo(toy: Toy, world: Path, name: str, rewards: list[dict[str, Any]], **more:
     return toy("ppo", "prompts", name, **w.merged(OFTEN, DROPOUT, settings, more))
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full", "8bit"])
 def test_a_stopped_ppo_goes_on_exactly(
-    toy: Toy, world: Path, rm: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    toy: Toy, world: Path, rm: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     rewards: list[dict[str, Any]] = [{"function": f"{world / 'reward.py'}:true_reward"}]
-    rewards += [] if full else [{"run": str(rm)}]
-    more = {"lora": None} if full else {}
+    rewards += [{"run": str(rm)}] if kind == "lora" else []
+    more = {"full": {"lora": None}, "8bit": w.merged(EIGHT, {"checkpoint": {"every": 2}})}.get(kind, {})
     run = interrupted(ppo(toy, world, "stopped", rewards, **more), 3, monkeypatch, signal.SIGINT)
     whole = train(ppo(toy, world, "whole", rewards, **more))
     assert_same(run, whole)

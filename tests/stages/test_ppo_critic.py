@@ -200,7 +200,7 @@ def test_pre_training_explains_the_returns(toy: Toy, world: Path, shared: bool) 
 def test_a_run_of_pre_training_alone_is_refused(toy: Toy, world: Path, tmp_path: Path) -> None:
     outcome = quick("ppo", w.save(content(toy, world, GAE, critic={"pretrain_steps": 3}), tmp_path / "r.yaml"))
     assert (outcome.code, len(outcome.errors)) == (2, 1)
-    assert "all 3 steps of the run would pre-train the critic" in outcome.errors[0]
+    assert "critic.pretrain_steps = 3 would be all of training.max_steps = 3" in outcome.errors[0]
     assert not (tmp_path / "run").exists()
 
 

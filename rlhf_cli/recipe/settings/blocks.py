@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model, model_validator
 
 from rlhf_cli.catalog import Entry, Settings
 
 Count = Annotated[int, Field(ge=1)]
+LONGEST_NAME = 255
+"""Bytes that file systems allow for the name of a file."""
+
+
+def _can_be_a_name(value: str) -> str:
+    if not value.strip():
+        raise ValueError("the text is empty")
+    if any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
+        raise ValueError(f"a name in it is longer than {LONGEST_NAME} bytes; no file can be called so")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_can_be_a_name)]
+"""A file, a folder or a hub id."""
+
+
+class Contradictions(ValueError):
+    """Several things that do not go together."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        self.messages = list(messages)
+        super().__init__("; ".join(messages))
+
+
+class Checked(Settings):
+    """Settings with rules across their keys, all of which are looked at together."""
+
+    def contradictions(self) -> Iterator[str]:
+        """What does not go together: sentences that name the keys, first the one to be changed."""
+        yield from ()
+
+    def changed(self, *keys: str) -> Iterator[str]:
+        """Those of these keys that are not at their default."""
+        yield from (k for k in keys if getattr(self, k) != type(self).model_fields[k].get_default())
+
+    def unread(self, keys: Sequence[str], key: str, value: Any) -> Iterator[str]:
+        """A sentence for each of `keys` that was changed although nothing reads it: `key` is not `value`."""
+        given = getattr(self, key)
+        for name in () if given == value else self.changed(*keys):
+            yield f"{name} is only read with {key}: {value}, and {key} is {given}"
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        found = list(self.contradictions())
+        if found:
+            raise Contradictions(found)
+        return self
 
 
 def block(entries: Iterable[Entry], default: str | None = None, *, mix: str | None = None) -> Any:

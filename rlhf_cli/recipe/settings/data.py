@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from rlhf_cli.catalog import Positive, Settings
-from rlhf_cli.recipe.settings.blocks import Count, as_list, as_mapping
+from rlhf_cli.recipe.settings.blocks import Checked, Count, Name, as_list, as_mapping
 
 
 class SourceSettings(Settings):
-    path: str
+    path: Name
     """A file (.jsonl, .json, .parquet, .txt, each also .gz), a folder of such files, or a hub data set."""
     format: str = "auto"
     """How a row is read: auto detects it from the columns and says what it took."""
-    columns: dict[str, str | list[str]] = {}
+    columns: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
     """Names of your columns for the names of the format, for instance {prompt: question, chosen: good}. A list of
     columns becomes a list of their values, and `a.b` is b inside the objects of column a."""
     name: str | None = None
@@ -34,7 +35,7 @@ Sources = Annotated[
 ]
 
 
-class DataSettings(Settings):
+class DataSettings(Checked):
     train: Sources
     """A path, or a list of paths or of {path, format, columns, name, split, limit, weight}."""
     eval: Sources | None = None
@@ -45,11 +46,29 @@ class DataSettings(Settings):
     """What happens to longer ones. left cuts the start of the prompt, right the end of the completion; the header
     before the completion is never cut. The counts are always shown."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """A row that cannot be used (empty completion, equal pair, wrong columns): stop, or drop and count it."""
+    """A row that cannot be used (empty completion, equal pair, wrong columns): stop, or drop and count it. The rows
+    dropped are written to bad-rows.jsonl in the run directory, each with its place and the reason."""
+    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of each split at most so many rows (a whole number) or such a share of them (below 1) may be dropped as bad:
+    more stop the run after all. null: any number. Only read with `on_bad_row: drop`."""
     cache: Literal["auto", "off"] = "auto"
     """auto: the tokens are kept for later runs on the same rows with the same tokenizer, in the folder RLHF_CACHE
     (default: rlhf in the user's cache), and taken from there. off: neither. Every row is read and checked all the same,
     and the result never changes."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from self.unread(("max_bad_rows",), "on_bad_row", "drop")
+        for i, one in enumerate(self.eval or []):
+            if one.weight != 1:
+                yield f"eval.{i}.weight is not read: a weight says how often an epoch of training passes over a source"
+        for i, one in enumerate(self.train):
+            first = next(k for k, other in enumerate(self.train) if _alike(one, other))
+            if first < i:
+                yield f"train.{i} is the same source as train.{first}: give one of them, with weight: 2"
+
+
+def _alike(one: SourceSettings, other: SourceSettings) -> bool:
+    return one.model_dump(exclude={"weight"}) == other.model_dump(exclude={"weight"})
 
 
 class SFTDataSettings(DataSettings):
@@ -64,7 +83,7 @@ class SegmentSettings(Settings):
     """Only errors of these categories count; null: all."""
 
 
-class RatingSettings(Settings):
+class RatingSettings(Checked):
     method: Literal["bradley_terry", "elo"] = "bradley_terry"
     """bradley_terry fits all games at once; elo goes through them in their order."""
     k: Positive = 32.0
@@ -80,11 +99,9 @@ class RatingSettings(Settings):
     scope: Literal["dataset", "prompt"] = "dataset"
     """What is scaled together: all ratings, or those of a prompt."""
 
-    @model_validator(mode="after")
-    def _settings_are_read(self) -> RatingSettings:
-        self.refuse_unread(("k", "start", "shuffles"), "method", "elo")
-        self.refuse_unread(("l2",), "method", "bradley_terry")
-        return self
+    def contradictions(self) -> Iterator[str]:
+        yield from self.unread(("k", "start", "shuffles"), "method", "elo")
+        yield from self.unread(("l2",), "method", "bradley_terry")
 
 
 class RewardDataSettings(DataSettings):

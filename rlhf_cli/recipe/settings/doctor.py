@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlhf_cli.catalog import Positive, Settings, Share
-from rlhf_cli.recipe.settings.blocks import Count
+from rlhf_cli.catalog import Positive, Share
+from rlhf_cli.recipe.settings.blocks import Checked, Count
+
+READ_BY = {
+    "kl": ("kl", "hacking"), "truncated": ("eos_rate",), "eos_drop": ("eos_rate",), "length_growth": ("length",),
+    "length_shrink": ("length",), "patience": (),
+}  # fmt: skip
+"""The wires that read a threshold, where its name does not say it; patience is read by all."""
 
 Action = Literal["ignore", "warn", "pause", "rollback"]
 
 
-class WireSettings(Settings):
+class WireSettings(Checked):
     kl: Action = "warn"
     """The KL to the reference is over its limit."""
     negative_kl: Action = "warn"
@@ -41,7 +48,7 @@ class WireSettings(Settings):
     """Many completions could not be scored."""
 
 
-class ThresholdSettings(Settings):
+class ThresholdSettings(Checked):
     kl: Positive | None = None
     """Nats summed over a completion; null: 3 times the target of ppo.kl, 30 where it has none."""
     negative_kl: Positive = 0.05
@@ -75,7 +82,7 @@ class ThresholdSettings(Settings):
     """Steps that a figure must stay bad, where one step says little; a finding is over when it stays away as long."""
 
 
-class TripwireSettings(Settings):
+class TripwireSettings(Checked):
     enabled: bool = True
     """Look at the figures of every rollout and say in words what is wrong."""
     wires: WireSettings = WireSettings()
@@ -88,15 +95,16 @@ class TripwireSettings(Settings):
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """The run stops with exit code 5 when one more would be needed."""
 
-    @model_validator(mode="after")
-    def _settings_are_read(self) -> TripwireSettings:
+    def contradictions(self) -> Iterator[str]:
         back = ("rollback_lr_factor", "max_rollbacks")
-        armed = "rollback" in self.wires.model_dump().values()
-        for keys, read, words in (
-            (("wires", "thresholds", *back), self.enabled, "doctor.enabled: true"),
-            (back, armed, "a wire of doctor.wires on rollback"),
-        ):
-            odd = [key for key in keys if not read and getattr(self, key) != type(self).model_fields[key].default]
-            if odd:
-                raise ValueError(f"doctor.{odd[0]} is only read with {words}")
-        return self
+        wires = self.wires.model_dump()
+        if not self.enabled:
+            for key in self.changed("wires", "thresholds", *back):
+                yield f"doctor.{key} is only read with doctor.enabled: true"
+            return
+        for key in self.changed(*back) if "rollback" not in wires.values() else ():
+            yield f"doctor.{key} is only read with a wire of doctor.wires on rollback"
+        for key in self.thresholds.changed(*ThresholdSettings.model_fields):
+            watching = READ_BY.get(key, (key,))
+            if watching and all(wires[wire] == "ignore" for wire in watching):
+                yield f"thresholds.{key} is only read by wires.{watching[0]}, which is set to ignore"

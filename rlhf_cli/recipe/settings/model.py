@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from rlhf_cli.catalog import Positive, Settings, Share
-from rlhf_cli.recipe.settings.blocks import Count
+from rlhf_cli.recipe.settings.blocks import Checked, Count, Name
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 
 
-class ModelSettings(Settings):
-    name_or_path: str
+def _an_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"this is no regular expression: {error}") from None
+    return value
+
+
+Layers = Annotated[str, Field(min_length=1), AfterValidator(_an_expression)]
+
+
+class ModelSettings(Checked):
+    name_or_path: Name
     """A hub id, a folder, or the directory of an earlier run."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -32,6 +47,10 @@ class ModelSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time. `auto`: of as many layers as
     the free memory asks for, and of more when it runs out. Never changes the result."""
 
+    def contradictions(self) -> Iterator[str]:
+        if self.attn_implementation == "flash_attention_2" and self.dtype == "float32":
+            yield "attn_implementation flash_attention_2 knows no dtype float32: use bfloat16, or sdpa"
+
 
 class LoraSettings(Settings):
     r: Count = 16
@@ -40,7 +59,7 @@ class LoraSettings(Settings):
     """Scale: updates are multiplied by alpha / r (by alpha / sqrt(r) with use_rslora)."""
     dropout: Share = 0.0
     """Dropout on the adapter's input. Used by sft; the other stages compare the model with itself and switch it off."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Layers | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = "all-linear"
     """Which layers: all-linear, a list of names, or a regular expression."""
     use_dora: bool = False
     """Weight-decomposed LoRA (arXiv:2402.09353)."""

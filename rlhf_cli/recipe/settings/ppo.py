@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, NonNegative, Positive, Settings
-from rlhf_cli.recipe.settings.blocks import Count, block
+from rlhf_cli.recipe.settings.blocks import Checked, Count, block
 from rlhf_cli.recipe.settings.data import Sources
 
 
@@ -30,7 +31,7 @@ class PtxSettings(Settings):
     """Examples in each update of the policy; null: training.batch_size."""
 
 
-class LagrangeSettings(Settings):
+class LagrangeSettings(Checked):
     threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """What a completion may cost on average."""
     init: Positive = 1.0
@@ -44,11 +45,9 @@ class LagrangeSettings(Settings):
     delay_steps: Annotated[int, Field(ge=0)] = 0
     """Rollouts before it starts to move."""
 
-    @model_validator(mode="after")
-    def _starts_within(self) -> LagrangeSettings:
+    def contradictions(self) -> Iterator[str]:
         if self.init > self.max:
-            raise ValueError(f"init {self.init:g} lies above max {self.max:g}")
-        return self
+            yield f"init {self.init:g} lies above max {self.max:g}"
 
 
 class ReferenceUpdateSettings(Settings):
@@ -60,7 +59,7 @@ class ReferenceUpdateSettings(Settings):
     products."""
 
 
-class PPOSettings(Settings):
+class PPOSettings(Checked):
     epochs: Count = 2
     """Passes over each rollout."""
     mini_batches: Count = 4
@@ -115,49 +114,35 @@ class PPOSettings(Settings):
     target_kl: Positive | None = None
     """Stop a rollout's updates when the KL per token to its policy passes 1.5 times this; null: never."""
 
-    @model_validator(mode="after")
-    def _kl_has_its_place(self) -> PPOSettings:
+    def contradictions(self) -> Iterator[str]:
+        critic = ESTIMATORS[self.advantage.name].critic
         if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
-            raise ValueError(
+            yield (
                 f"kl_estimator {self.kl_estimator} does not belong in the reward, where only k1 gives the gradient of "
                 f"the KL: use k1, or kl_in: loss"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError(
+            yield (
                 "kl_estimator k1 does not belong in the loss, where its gradient is zero on average: use k2 or k3, or "
                 "kl_in: reward"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kl_can_move(self) -> PPOSettings:
         if self.kl.name != "fixed" and self.kl.coef == 0:
-            raise ValueError(
+            yield (
                 f"kl.coef 0 stays 0 with kl.name {self.kl.name}, which multiplies it: give one to start from, or "
                 f"name: fixed for none"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _truncation_is_one_rule(self) -> PPOSettings:
-        if self.truncation == "bootstrap" and not ESTIMATORS[self.advantage.name].critic:
-            raise ValueError(
+        if self.truncation == "bootstrap" and not critic:
+            yield (
                 f"truncation bootstrap asks a critic what a cut completion would still have earned, and advantage "
                 f"{self.advantage.name} has none: use gae, or another rule"
             )
-        self.refuse_unread(("missing_eos_penalty",), "truncation", "penalty")
-        self.refuse_unread(("truncated_score",), "truncation", "replace")
-        return self
-
-    @model_validator(mode="after")
-    def _values_are_clipped_where_there_are_some(self) -> PPOSettings:
-        plain = PPOSettings.model_fields["value_clip"].default
-        if self.value_clip != plain and not ESTIMATORS[self.advantage.name].critic:
-            raise ValueError(f"value_clip is only read with a critic, and advantage {self.advantage.name} has none")
-        return self
+        yield from self.unread(("missing_eos_penalty",), "truncation", "penalty")
+        yield from self.unread(("truncated_score",), "truncation", "replace")
+        for key in self.changed("value_clip") if not critic else ():
+            yield f"{key} is only read with a critic, and advantage {self.advantage.name} has none"
 
 
-class CriticSettings(Settings):
+class CriticSettings(Checked):
     start: Literal["auto", "reward", "policy", "zero"] = "auto"
     """Weights the critic starts from: the first reward model with its head; or, with a zero head, the policy, or
     nothing learned (zero: a fresh adapter; without lora the policy). auto: the reward model when there is one."""
@@ -174,11 +159,7 @@ class CriticSettings(Settings):
     """Steps at the start of the run in which the policy stands still and the values are fitted to the returns of its
     completions (no value_clip, lambda 1). The policy's learning-rate schedule starts after them."""
 
-    @model_validator(mode="after")
-    def _one_trunk_or_two(self) -> CriticSettings:
-        plain = CriticSettings.model_fields
-        for keys, read in ((("coef", "detach"), self.shared), (("start", "learning_rate"), not self.shared)):
-            odd = [key for key in keys if not read and getattr(self, key) != plain[key].default]
-            if odd:
-                raise ValueError(f"{odd[0]} is only read with shared: {str(not self.shared).lower()}")
-        return self
+    def contradictions(self) -> Iterator[str]:
+        unread = ("start", "learning_rate") if self.shared else ("coef", "detach")
+        for key in self.changed(*unread):
+            yield f"{key} is only read with shared: {str(not self.shared).lower()}"

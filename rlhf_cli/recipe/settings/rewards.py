@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import model_validator
-
-from rlhf_cli.catalog import REWARDS, Finite, Positive, Settings
-from rlhf_cli.recipe.settings.blocks import block
+from rlhf_cli.catalog import REWARDS, Finite, Positive
+from rlhf_cli.recipe.settings.blocks import Checked, Name, block
 
 
-class RewardSettings(Settings):
-    run: str | None = None
+class RewardSettings(Checked):
+    run: Name | None = None
     """A `train-rm` run (or a folder with a sequence-classification model of one label)."""
-    function: str | None = None
+    function: Name | None = None
     """`file.py:function`, called as function(prompts=..., completions=..., **columns) -> list of numbers."""
     rule: block(REWARDS.values()) | None = None  # type: ignore[valid-type]
     """A built-in rule, `{name: ..., settings...}`."""
@@ -42,27 +41,22 @@ class RewardSettings(Settings):
     timeout: Positive = 60.0
     """Seconds one call of a function, or a regex rule over one rollout, may take."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> RewardSettings:
+    def contradictions(self) -> Iterator[str]:
         if sum(source is not None for source in (self.run, self.function, self.rule)) != 1:
-            raise ValueError("give exactly one of run, function and rule")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_are_read(self) -> RewardSettings:
+            yield "give exactly one of run, function and rule"
+            return
         if self.normalize is True and (self.run is None or self.place == "steps"):
             what = "place: steps has rewards of steps" if self.run else "only a run has stored statistics"
-            raise ValueError(f"normalize: true does not fit here, {what}: use running or false")
+            yield f"normalize: true does not fit here, {what}: use running or false"
         if self.normalize and self.role == "cost":
-            raise ValueError("normalize would move a cost against its threshold: leave it out for role: cost")
-        plain = RewardSettings.model_fields
+            yield "normalize would move a cost against its threshold: leave it out for role: cost"
         for key, read, words in (
+            ("timeout", self.run is None, "function or rule"),
             ("shift", self.normalize == "running", "normalize: running"), ("place", self.run is not None, "run"),
             ("step_value", self.place == "steps", "place: steps"), ("baseline", self.place == "steps", "place: steps"),
         ):  # fmt: skip
-            if not read and getattr(self, key) != plain[key].default:
-                raise ValueError(f"{key} is only read with {words}")
-        return self
+            if not read and any(self.changed(key)):
+                yield f"{key} is only read with {words}"
 
     def title(self) -> str:
         """Its name in the metrics."""

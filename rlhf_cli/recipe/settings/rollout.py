@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rlhf_cli.catalog import Positive, Settings
-from rlhf_cli.recipe.settings.blocks import Count
+from rlhf_cli.catalog import Positive
+from rlhf_cli.recipe.settings.blocks import Checked, Count
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(Checked):
     max_new_tokens: Count = 128
     """Length limit of a completion."""
     temperature: Positive = 1.0
@@ -41,20 +42,18 @@ class RolloutSettings(Settings):
     """Completions sampled at once. Never changes the result (of continuous: it does); halved by itself when memory runs
     out."""
 
-    @model_validator(mode="after")
-    def _unbiased_unless_asked(self) -> RolloutSettings:
+    def contradictions(self) -> Iterator[str]:
         wanted = {"top_k": self.top_k, "top_p": None if self.top_p == 1 else self.top_p, "min_p": self.min_p}
         biased = [f"rollout.{name}" for name, value in wanted.items() if value is not None]
         if biased and not self.allow_biased_sampling:
-            raise ValueError(
+            yield (
                 f"{', '.join(biased)} would sample from another distribution than the policy whose log-probabilities "
                 f"are learned from: remove it, or set rollout.allow_biased_sampling: true"
             )
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
+            yield (
                 f"rollout.min_new_tokens = {self.min_new_tokens} is more than rollout.max_new_tokens = "
                 f"{self.max_new_tokens}"
             )
         if self.engine == "continuous" and self.min_new_tokens:
-            raise ValueError("rollout.engine: continuous knows no rollout.min_new_tokens: use own or generate")
-        return self
+            yield "rollout.engine: continuous knows no rollout.min_new_tokens: use own or generate"

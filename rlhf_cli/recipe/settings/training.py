@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf_cli.catalog import NonNegative, Positive, Settings, Share
-from rlhf_cli.recipe.settings.blocks import Count
+from rlhf_cli.recipe.settings.blocks import Checked, Count
 
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
@@ -15,7 +16,7 @@ Scheduler = Literal[
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd"]
 
 
-class TrainingSettings(Settings):
+class TrainingSettings(Checked):
     learning_rate: Positive
     """Peak learning rate."""
     batch_size: Count = 32
@@ -47,19 +48,41 @@ class TrainingSettings(Settings):
     """Clip the gradient to this norm; null: do not clip."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never on biases and norms."""
+    max_loss_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Stop with exit code 5, before the step is applied, when the loss is more than so many times its running median;
+    null: never."""
+    max_grad_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """The same for the norm of the gradient before clipping."""
+    spike_window: Annotated[int, Field(ge=2)] = 32
+    """Updates that the running medians are of; none trips before so many are known."""
 
-    @model_validator(mode="after")
-    def _one_warmup(self) -> TrainingSettings:
+    def contradictions(self) -> Iterator[str]:
+        warmup = "warmup_ratio" if self.warmup_ratio > 0 else "warmup_steps"
         if self.warmup_steps is not None and self.warmup_ratio > 0:
-            raise ValueError("give warmup_ratio or warmup_steps, not both")
-        return self
+            yield "give warmup_ratio or warmup_steps, not both"
+        if self.lr_scheduler == "constant" and (self.warmup_ratio or self.warmup_steps):
+            yield f"{warmup} is not read with lr_scheduler constant: use constant_with_warmup"
+        if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
+            yield (
+                f"warmup_steps = {self.warmup_steps} is more than max_steps = {self.max_steps}: the learning rate "
+                f"would never be reached"
+            )
+        if self.max_loss_spike is None and self.max_grad_spike is None and [*self.changed("spike_window")]:
+            yield "spike_window is only read with max_loss_spike or max_grad_spike"
+        if not self.optimizer.removeprefix("paged_").startswith("adamw"):
+            for key in self.changed("adam_beta1", "adam_beta2", "adam_epsilon"):
+                yield f"{key} is not read by optimizer {self.optimizer}"
 
 
-class LoggingSettings(Settings):
+class LoggingSettings(Checked):
     every: Count = 10
     """Print and send to trackers every so many steps; metrics.jsonl has every step."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers, through their own libraries."""
+
+    def contradictions(self) -> Iterator[str]:
+        if len(set(self.report_to)) < len(self.report_to):
+            yield "report_to names a tracker twice"
 
 
 class CheckpointSettings(Settings):
@@ -69,7 +92,7 @@ class CheckpointSettings(Settings):
     """How many to keep."""
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(Checked):
     every: Count | None = 200
     """Steps between evaluations; null: only before the first and after the last step."""
     samples: Annotated[int, Field(ge=0)] = 4
