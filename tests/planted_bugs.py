@@ -89,8 +89,8 @@ LOGP = (
     ),
     Planted(
         "scored at temperature 1, sampled at another",
-        (("models/roles.py", "return self._logp(self.hidden(batch), batch, temperature, statistics)",
-          "return self._logp(self.hidden(batch), batch, 1.0, statistics)"),),
+        (("models/roles.py", "return self._logp(self.hidden(batch), batch, temperature, statistics, upstream)",
+          "return self._logp(self.hidden(batch), batch, 1.0, statistics, upstream)"),),
         (f"{DRAWN}test_sampled_logp_is_recomputed_logp[0.5-llama]",
          "tests/rollouts/test_experience.py::test_a_rollout"), usual=True,
     ),

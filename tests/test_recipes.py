@@ -86,6 +86,11 @@ def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny
         "data.max_length": 64, "training.batch_size": 4, "training.max_steps": 2,
         "evaluation.samples": min(2, recipe.evaluation.samples), "output_dir": out,
     }  # fmt: skip
+    for split in ("train", "eval"):  # a file has neither
+        source = plain["data"][split]
+        found |= {
+            f"data.{split}.{key}": "null" for key in ("split", "name") if isinstance(source, dict) and key in source
+        }
     if recipe.stage != "ppo":
         found["evaluation.max_new_tokens"] = 4
     if recipe.stage == "ppo":
