@@ -87,10 +87,8 @@ def overrides(recipe: Any, plain: dict[str, Any], world: Path, start: Make, tiny
         "evaluation.samples": min(2, recipe.evaluation.samples), "output_dir": out,
     }  # fmt: skip
     for split in ("train", "eval"):  # a file has neither
-        source = plain["data"][split]
-        found |= {
-            f"data.{split}.{key}": "null" for key in ("split", "name") if isinstance(source, dict) and key in source
-        }
+        source = plain["data"][split] if isinstance(plain["data"][split], dict) else {}
+        found |= {f"data.{split}.{key}": v for key, v in (("split", "train"), ("name", "null")) if key in source}
     if recipe.stage != "ppo":
         found["evaluation.max_new_tokens"] = 4
     if recipe.stage == "ppo":
