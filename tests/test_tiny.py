@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import re
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,20 +20,9 @@ from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES
 from rlhf_cli.data.prepare import check_data
 from rlhf_cli.recipe.schema import RECIPES, PPORecipe
 from rlhf_cli.recipe.settings.blocks import terms_of
+from tests.scripts import load
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 sys.path.insert(0, str(ROOT / "scripts"))
 make_tiny = load("scripts/make_tiny.py")
 tiny_grammar = load("scripts/tiny_grammar.py")
