@@ -19,6 +19,7 @@ Everything comes from the word lists in recipes/tiny/reward.py, a small grammar 
     spans[-eval].jsonl                {prompt, completion, errors}: where the words of blame are
     safety[-eval].jsonl               {prompt, response_0, response_1, ...}: harm is the number of words of blame
     votes[-eval].jsonl                {prompt, completions, votes}: three judges who see the difference with noise
+    matches[-eval].jsonl              {messages}: which of two reviews is better, A or B
     DONE                              written last
 
 The subjects of every *-eval file but pretrain-eval occur in no training file.
@@ -44,7 +45,11 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-SIZES = {"pretrain": 6000, "sft": 3600, "pairs": 2400, "verdicts": 2400, "prompts": 2400} | dict.fromkeys(FILES, 1500)
+SIZES = (
+    {"pretrain": 6000, "sft": 3600, "pairs": 2400, "verdicts": 2400, "prompts": 2400}
+    | dict.fromkeys(FILES, 1500)
+    | {"matches": 6000}
+)
 EVAL_SIZES = {"pretrain": 200, "sft": 200, "pairs": 400, "verdicts": 200, "prompts": 300} | dict.fromkeys(FILES, 240)
 MIN_GAP = 0.25
 """Least difference in true reward within a pair."""

@@ -125,6 +125,18 @@ def votes(rng: random.Random, subject: Subject) -> list[dict[str, Any]]:
     return [{"prompt": request(rng, subject), "completions": texts, "votes": cast}]
 
 
+def match(rng: random.Random, subject: Subject) -> list[dict[str, Any]]:
+    """Two reviews in one question, and the place of the better one as its answer."""
+    while True:
+        texts = different(rng, subject, 2)
+        gap = W.true_reward(texts[0]) - W.true_reward(texts[1])
+        if abs(gap) >= NEARLY:
+            break
+    asked = W.MATCH.format(a=texts[0], b=texts[1], principle=rng.choice(W.PRINCIPLES))
+    turns = ("user", asked), ("assistant", "A" if gap > 0 else "B")
+    return [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+
+
 FILES: dict[str, Callable[[random.Random, Subject], list[dict[str, Any]]]] = {
     "rankings": ranking,
     "strict-rankings": strict_ranking,
@@ -135,4 +147,5 @@ FILES: dict[str, Callable[[random.Random, Subject], list[dict[str, Any]]]] = {
     "spans": spans,
     "safety": safety,
     "votes": votes,
+    "matches": match,
 }

@@ -96,3 +96,61 @@ def test_every_dependency_is_pinned() -> None:
     assert {re.sub(r"[-_.]+", "-", re.split(r"[<>=]", need)[0]).lower() for need in wanted} <= names
     assert f"torch=={pins['torch']} " in (ROOT / "Makefile").read_text(encoding="utf-8")
     assert not any("+" in version for version in pins.values())
+
+
+# --- the loops -------------------------------------------------------------------------------------------
+
+LOOPS = sorted(path.parent.name for path in (ROOT / "recipes" / "loops").glob("*/Makefile"))
+
+
+def loop_plan(tree: Path, name: str, **variables: object) -> list[str]:
+    """The commands of a loop that make would run."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    given = [f"{key}={value}" for key, value in variables.items()]
+    done = subprocess.run(
+        ["make", "-n", "-f", f"recipes/loops/{name}/Makefile", f"loops/{name}/table.md", *given],
+        cwd=tree, env=environment, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return [line for line in done.stdout.splitlines() if line.startswith(".venv/bin/")]
+
+
+def finish(tree: Path, name: str, plan: list[str]) -> list[str]:
+    """The run directories of a plan, as if each had been made."""
+    made = [line.partition(" -o ")[2].split()[0] for line in plan if " -o " in line]
+    for number, folder in enumerate(made):
+        touch(tree / folder / "DONE", 5000 + number)
+    touch(tree / "loops" / name / "table.md", 9000)
+    return made
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_goes_on_where_it_was_stopped(tree: Path, name: str) -> None:
+    plan = loop_plan(tree, name)
+    made = finish(tree, name, plan)
+    assert len(made) == len(set(made)) == len(plan) - 1
+    assert "loop_table.py" in plan[-1]
+    assert loop_plan(tree, name) == []
+    last = max(made, key=lambda folder: (tree / folder / "DONE").stat().st_mtime)
+    (tree / last / "DONE").unlink()
+    again = loop_plan(tree, name)
+    assert 1 <= len(again) - 1 <= 3
+    assert any(f" -o {last}" in line for line in again)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_iteration_starts_from_the_model_of_the_one_before(tree: Path, name: str) -> None:
+    plan = loop_plan(tree, name, ITERATIONS=2)
+    trained = [line for line in plan if line.split()[1] in ("sft", "dpo", "ppo") and "/2/" in line.partition(" -o ")[2]]
+    assert trained, "the second iteration trains a model"
+    assert any(f"model=loops/{name}/1/" in line for line in plan if "/2/" in line.partition(" -o ")[2])
+    for line in plan:
+        assert (tree / line.split()[2]).is_file(), "its recipe is there"
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_recipes_of_a_loop_are_read(name: str) -> None:
+    from rlhf_cli.recipe.reader import read_recipe
+
+    folder = ROOT / "recipes" / "loops"
+    for path in [*(folder / name).glob("*.yaml"), *(folder / "common").glob("*.yaml")]:
+        assert read_recipe(path, [], None).stage

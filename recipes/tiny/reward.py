@@ -67,6 +67,11 @@ WORLD = POSITIVE.union(
     NEGATIVE, *ASPECTS.values(), TITLE_FIRST, TITLE_SECOND, ADVERBS, LINKS, DAYS, PEOPLE, MONTHS, GLUE
 )
 
+MATCH = "A {a} or B {b} which one is {principle}"
+"""What a judge is asked."""
+PRINCIPLES = ("good", "warm", "kind")
+"""By what: one of recipes/loops/rlaif/constitution.txt."""
+
 FULL_SCORE_WORDS = 4
 """So many different words of praise, and none of blame, make a full score."""
 

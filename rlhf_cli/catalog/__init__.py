@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from rlhf_cli.catalog import policy, preference, reward, rules
+from rlhf_cli.catalog import policy, preference, reward, rules, selections
 from rlhf_cli.catalog.entries import (
     NEEDS,
     Controller,
@@ -27,12 +27,13 @@ from rlhf_cli.catalog.entries import (
     Stage,
 )
 from rlhf_cli.catalog.rules import Rule
+from rlhf_cli.catalog.selections import Selection
 from rlhf_cli.errors import RecipeError, did_you_mean
 
 __all__ = [
-    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "REWARDS", "STAGES", "Controller", "Data", "Entry", "Estimator",
-    "Finite", "Head", "Need", "NonNegative", "Objective", "Positive", "Rule", "Settings", "Share", "Stage", "look_up",
-    "objectives_of",
+    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "REWARDS", "SELECTIONS", "STAGES", "Controller", "Data",
+    "Entry", "Estimator", "Finite", "Head", "Need", "NonNegative", "Objective", "Positive", "Rule", "Selection",
+    "Settings", "Share", "Stage", "look_up", "objectives_of",
 ]  # fmt: skip
 
 E = TypeVar("E", bound=Entry)
@@ -41,6 +42,7 @@ OBJECTIVES = {o.name: o for o in (*reward.ENTRIES, *preference.ENTRIES)}
 ESTIMATORS = {e.name: e for e in policy.ESTIMATORS}
 CONTROLLERS = {c.name: c for c in policy.CONTROLLERS}
 REWARDS = {r.name: r for r in rules.RULES}
+SELECTIONS = {s.name: s for s in selections.SELECTIONS}
 STAGES = {
     s.name: s
     for s in (
@@ -52,6 +54,10 @@ STAGES = {
         Stage("orpo", "stages.preference:run", "Odds-ratio preference optimisation", "ORPORecipe"),
         Stage("simpo", "stages.preference:run", "Preference tuning without a reference: simpo, alphapo, cpo, slic",
               "SimPORecipe"),
+        Stage("sample", "stages.sample:run", "Completions of prompts, as data", "SampleRecipe", trains=False),
+        Stage("score", "stages.score:run", "Scores of completions by reward models, functions and rules", "ScoreRecipe",
+              trains=False),
+        Stage("select", "stages.select:run", "Training data of scored completions", "SelectRecipe", trains=False),
     )
 }  # fmt: skip
 

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST = 1e15
+"""Numbers of recipes and data beyond it are refused: their squares overflow where they are computed with."""
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -108,7 +110,9 @@ class Controller(Entry):
 
 @dataclass(frozen=True)
 class Stage(Entry):
-    """A command that trains."""
+    """A command that works from a recipe."""
 
     recipe: str
     """Name of the recipe class in recipe/schema.py."""
+    trains: bool = True
+    """Whether a model comes out, or data."""

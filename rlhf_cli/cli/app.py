@@ -46,7 +46,8 @@ Sets = Annotated[
 ]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", metavar="DIR", help="The run directory.")]
 Resume = Annotated[str, typer.Option(metavar="auto|never|PATH", help="What to do with an earlier run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")]
+ResumeRows = Annotated[str, typer.Option("--resume", metavar="auto|never", help="What to do with an earlier run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, make nothing.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Decides data order, initial weights and sampling.")]
 ReportTo = Annotated[list[str] | None, typer.Option("--report-to", metavar="NAME", help="A tracker. Repeatable.")]
@@ -93,11 +94,50 @@ def _add_stage(name: str, help: str) -> None:
         debug: Debug = False,
     ) -> None:
         overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, max_steps, seed, report_to)]
-        if quiet and verbose:
-            raise RecipeError("--quiet and --verbose exclude each other", "command line")
         _train(name, recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
 
     app.command(name, help=f"{help}.", no_args_is_help=False)(command)
+
+
+def _add_data_stage(name: str, help: str) -> None:
+    """Add the command that makes data with that stage's code."""
+
+    def command(
+        context: typer.Context,
+        recipe: RecipeFile,
+        bare: Bare = None,
+        sets: Sets = None,
+        output_dir: OutputDir = None,
+        resume: ResumeRows = "auto",
+        dry_run: DryRun = False,
+        seed: Seed = None,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+        debug: Debug = False,
+    ) -> None:
+        overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, None, seed, None)]
+        _train(name, recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
+
+    app.command(name, help=f"{help}.", no_args_is_help=False)(command)
+
+
+def _sample(
+    context: typer.Context,
+    recipe: RecipeFile,
+    bare: Bare = None,
+    sets: Sets = None,
+    output_dir: OutputDir = None,
+    best_of: Annotated[int | None, typer.Option("--best-of", help="Keep the best of so many completions.")] = None,
+    resume: ResumeRows = "auto",
+    dry_run: DryRun = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    more = [f"best_of={best_of}"] if best_of is not None else []
+    overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, None, seed, None), *more]
+    _train("sample", recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
 
 
 def _shorthands(
@@ -123,6 +163,8 @@ def _train(
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.runs.directory import Run
 
+    if quiet and verbose:
+        raise RecipeError("--quiet and --verbose exclude each other", "command line")
     recipe = inherit_adapter(read_recipe(path, overrides, stage))
     display = make_display(quiet, verbose)
     run = Run.open(recipe, line, options.resume)
@@ -156,7 +198,12 @@ def _trace_to_log(path: Path) -> None:
 
 
 for _stage in STAGES.values():
-    _add_stage(_stage.name, _stage.help)
+    if _stage.name == "sample":
+        app.command(_stage.name, help=f"{_stage.help}.", no_args_is_help=False)(_sample)
+    elif _stage.trains:
+        _add_stage(_stage.name, _stage.help)
+    else:
+        _add_data_stage(_stage.name, _stage.help)
 
 
 # --- tools -----------------------------------------------------------------------------------------------
@@ -196,6 +243,35 @@ def check(
             errors.append(error)
     if errors:
         raise tools.together(errors)
+
+
+@app.command()
+def deps(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    sets: Sets = None,
+    debug: Debug = False,
+) -> None:
+    """Print rules for make: each recipe's run, and what it is made of."""
+    from rlhf_cli.cli.deps import rules
+
+    emit(rules(recipes, sets or []).rstrip("\n"))
+
+
+@app.command()
+def init(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)],
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder of the model to start from.")] = None,
+    quantization: Annotated[str, typer.Option(metavar="none|nf4|int8", help="Of its frozen weights.")] = "nf4",
+    debug: Debug = False,
+) -> None:
+    """Write a starter project: recipes, example data, a Makefile."""
+    from rlhf_cli.cli.init import MODEL, start
+
+    if quantization not in ("none", "nf4", "int8"):
+        raise RecipeError(f"'{quantization}' is not one of none, nf4, int8", "--quantization")
+    for path in start(folder, model or MODEL, quantization):
+        say(str(path))
+    say(f"next: cd {shlex.quote(folder)}, put your data into data/, then `make check` and `make`")
 
 
 @app.command()

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cli.catalog import OBJECTIVES, Data, Need
+from rlhf_cli.catalog import OBJECTIVES, SELECTIONS, Data, Need
 from rlhf_cli.data import formats, sources
+from rlhf_cli.data.completions import read_completions
 from rlhf_cli.data.examples import Example, Task, digest
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.lints import contradictions
@@ -24,9 +25,11 @@ from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError
+from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
+from rlhf_cli.recipe.work import Work
 
 OnBadRow = Literal["error", "drop"]
 READ_FOR: dict[str, Need] = {
@@ -145,8 +148,17 @@ def prepare(
     )
 
 
-def check_data(recipe: Recipe) -> list[str]:
-    """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as `prepare` does."""
+def check_data(recipe: Work) -> list[str]:
+    """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as the commands do."""
+    if isinstance(recipe, SampleRecipe):
+        data = recipe.data
+        return load_examples(data.prompts, "task", data.on_bad_row, split="prompts",
+                             max_bad_rows=data.max_bad_rows)[1].lines()  # fmt: skip
+    if isinstance(recipe, ScoreRecipe | SelectRecipe):
+        scored = isinstance(recipe, SelectRecipe) and SELECTIONS[recipe.selection.name].scored
+        gate = recipe.data
+        return read_completions(gate.completions, gate.on_bad_row, gate.max_bad_rows, scored=scored).report.lines()
+    assert isinstance(recipe, Recipe)
     loaded = _load(recipe.data, *data_needs(recipe))
     shared = [loaded["eval"][0].items[i].where for i in _both(loaded)]
     lines = _merged([report for _, report in loaded.values()], shared).lines()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from rlhf_cli.catalog.entries import LARGEST
 from rlhf_cli.data.examples import Message, Prompt
 
 Row: TypeAlias = Mapping[str, Any]
@@ -76,10 +77,6 @@ def number(row: Row, *columns: str) -> float | None:
             raise BadRow(f"'{column}' is {kind_of(value)}, not a number")
         return finite(value, f"'{column}'")
     return None
-
-
-LARGEST = 1e15
-"""Numbers beyond it are refused: their squares overflow where losses are computed."""
 
 
 def finite(value: float, what: str) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from rlhf_cli.errors import DataError, did_you_mean
+from rlhf_cli.recipe.data_path import product_of
 from rlhf_cli.recipe.settings.data import SourceSettings
 
 Located: TypeAlias = tuple[str, dict[str, Any]]
@@ -41,6 +42,8 @@ def _open(source: SourceSettings) -> Iterator[Located]:
     if path.exists() and (source.name is not None or source.split != "train"):
         key = "name" if source.name is not None else "split"
         raise DataError(f"data.*.{key} is only read of hub data sets, and this is here", source.path, "leave it out")
+    if (rows := product_of(path)) is not None:
+        return _file(rows)
     if path.is_dir():
         files = sorted(
             f for f in path.iterdir() if f.is_file() and not f.name.startswith(".") and suffix(f) is not None

@@ -209,6 +209,13 @@ def frozen_role(name: str, settings: ModelSettings, text: Text, shared: Base | N
     return Role(name, base, name, _head(base, text, tensors[adapters.SCORE], bias))
 
 
+def load_frozen(settings: ModelSettings, text: Text) -> Role:
+    """A language model that is not trained. Raises RecipeError and ModelError."""
+    role = frozen_role("policy", settings, text, None)
+    check_logits(role.base)
+    return role
+
+
 def kind_of(text: Text) -> Kept:
     """policy, reward, cost or process: what a finished model is, by its architecture or its adapter."""
     architecture = (text.config.architectures or [""])[0]

@@ -8,15 +8,18 @@ from rlhf_cli.errors import Problem, RecipeError
 from rlhf_cli.recipe.model_path import read_json, resolve_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.settings.model import LoraSettings
+from rlhf_cli.recipe.work import Work
 
 
-def inherit_adapter(recipe: Recipe) -> Recipe:
+def inherit_adapter(recipe: Work) -> Any:
     """The recipe with the shape of the adapter it goes on training; another recipe is given back as it is.
 
     Keys of `lora` that are left out are taken from the adapter, so that the resolved recipe says what is used; only the
     dropout may differ. Raises RecipeError for keys that contradict the adapter, or when `lora` is null; ModelError when
     the model cannot be found.
     """
+    if not isinstance(recipe, Recipe):
+        return recipe
     path = resolve_model(recipe.model.name_or_path)
     if path.kind != "adapter" or path.weights is None:
         return recipe

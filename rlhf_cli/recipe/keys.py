@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from rlhf_cli.recipe.schema import RECIPES, Recipe
+from rlhf_cli.recipe.schema import RECIPES
 from rlhf_cli.recipe.tree import Node, Path, entries
+from rlhf_cli.recipe.work import Work
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -21,7 +22,7 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models_in(part)
 
 
-def model_at(recipe: type[Recipe], root: Node, path: Path) -> type[BaseModel] | None:
+def model_at(recipe: type[Work], root: Node, path: Path) -> type[BaseModel] | None:
     """The model that describes the mapping at that path; None where the schema has none."""
     models: list[type[BaseModel]] = [recipe]
     node = root
@@ -48,7 +49,7 @@ def _chosen(models: list[type[BaseModel]], node: Node) -> type[BaseModel] | None
     return None
 
 
-def known_at(recipe: type[Recipe], root: Node, path: Path) -> list[str]:
+def known_at(recipe: type[Work], root: Node, path: Path) -> list[str]:
     """The keys that the mapping at that path may have."""
     model = model_at(recipe, root, path)
     return list(model.model_fields) if model else []

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.recipe.data_path import product_of
 from rlhf_cli.recipe.function_path import function_file
 from rlhf_cli.recipe.model_path import canonical, fingerprint, resolve_model, sha256, similar
-from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.settings.data import SourceSettings
+from rlhf_cli.recipe.work import Work
 
 _FREE = (
     "output_dir",
@@ -54,7 +55,7 @@ _TOKENIZER = (
 )
 
 
-def semantic(recipe: Recipe) -> dict[str, Any]:
+def semantic(recipe: Work) -> dict[str, Any]:
     """The resolved recipe without the keys that cannot change the result (where to write, how often to log, save and
     evaluate, how much to hold in memory, when to stop)."""
     plain = recipe.model_dump(mode="json")
@@ -69,7 +70,7 @@ def semantic(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
-def digest(recipe: Recipe) -> str:
+def digest(recipe: Work) -> str:
     """SHA-256 over the meaning of the recipe and the fingerprints of its inputs. Raises as `inputs` does."""
     return digest_of(semantic(recipe), inputs(recipe))
 
@@ -79,23 +80,20 @@ def digest_of(meaning: dict[str, Any], sources: dict[str, str]) -> str:
     return hashlib.sha256(canonical({"recipe": meaning, "inputs": sources})).hexdigest()
 
 
-def inputs(recipe: Recipe) -> dict[str, str]:
+def inputs(recipe: Work) -> dict[str, str]:
     """Every input by name, with a fingerprint of its content; hub names stand for themselves with their revision.
 
     Raises DataError, RecipeError or ModelError when one of them is missing, unreadable or an unfinished run.
     """
     found: dict[str, str] = {}
-    ptx = getattr(getattr(recipe, "ppo", None), "ptx", None)
-    for source in [*recipe.data.train, *(recipe.data.eval or []), *(ptx.data if ptx else [])]:
+    for source in recipe.data_read():
         found[source.path] = _data(source)
-    found.update(_model(recipe.model.name_or_path, recipe.model.revision))
-    template = recipe.model.chat_template
-    if template is not None and is_file(template):
-        found[template] = _file(Path(template))
-    reference = getattr(recipe, "reference", None)
-    if reference is not None:
-        found.update(_model(reference, None))
-    for i, reward in enumerate(getattr(recipe, "rewards", [])):
+    for name, revision in recipe.models_read():
+        found.update(_model(name, revision))
+    for text in recipe.texts_read():
+        if is_file(text):
+            found[text] = _file(Path(text))
+    for i, reward in enumerate(recipe.rewards_read()):
         if reward.run is not None:
             found.update(_model(reward.run, None))
         if reward.function is not None:
@@ -147,6 +145,7 @@ def _model(name: str, revision: str | None, above: tuple[str, ...] = ()) -> dict
 def _data(source: SourceSettings) -> str:
     """Fingerprint of a data source: a file, a folder of files, or the name of a hub data set."""
     path = Path(source.path).expanduser()
+    path = product_of(path) or path
     if path.is_file():
         return _file(path)
     if path.is_dir():

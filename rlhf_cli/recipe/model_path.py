@@ -88,6 +88,9 @@ def resolve_model(name_or_path: str) -> ModelPath:
             "this run has no DONE", where=name_or_path, hint=f"finish it first: rlhf {stage} {path}/recipe.yaml"
         )
     if not (path / "final").is_dir():
+        if run.get("role") == "data":
+            raise ModelError(f"is a run of `rlhf {stage}`: it holds rows, no model", where=name_or_path,
+                             hint="name the run of a model")  # fmt: skip
         raise ModelError("this run has no final/", where=name_or_path, hint="it was removed; train the run again")
     return _folder(name_or_path, path / "final", "run", run)
 

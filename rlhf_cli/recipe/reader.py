@@ -21,12 +21,13 @@ from rlhf_cli.recipe.overrides import override
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import RECIPES, Recipe
 from rlhf_cli.recipe.tree import MAX_BYTES, Node, Scalar, entries, parse, plain, read_scalar, shorten
+from rlhf_cli.recipe.work import Work
 
 MOST_PROBLEMS = 50
 _BARE = re.compile(r"[A-Za-z0-9_./]([A-Za-z0-9_./+ -]*[A-Za-z0-9_./+-])?")
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -> Recipe:
+def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -> Any:
     """The recipe in that file with `key.path=value` overrides applied, checked for the command `stage`.
 
     With stage None the recipe's own `stage:` decides. Raises RecipeError with every problem found.
@@ -40,7 +41,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], stage: str | None) -
         raise RecipeError([*error.problems[:MOST_PROBLEMS], more]) from None
 
 
-def _read(text: str, path: str, overrides: Sequence[str], stage: str | None) -> Recipe:
+def _read(text: str, path: str, overrides: Sequence[str], stage: str | None) -> Work:
     root, found = parse(text, path)
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"'{shorten(root.written)}'" if root.written else "empty"
@@ -139,13 +140,13 @@ def _missing_stage(root: Node, stage: str | None) -> str:
 # --- back to text ----------------------------------------------------------------------------------------
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Work) -> str:
     """The recipe as YAML with every default filled in; reading it again gives an equal recipe."""
-    own = [key for key in type(recipe).model_fields if key not in Recipe.model_fields]
-    order: list[str] = []
-    for key in Recipe.model_fields:
-        order += [key, *own] if key == "data" else [key]
-    return "".join(_dump_entry(key, getattr(recipe, key), 0) for key in order)
+    shared = [key for kind in (Work, Recipe) for key in kind.model_fields if key not in Work.LAST]
+    own = [key for key in type(recipe).model_fields if key not in (*shared, *Work.LAST)]
+    order = [key for key in dict.fromkeys(shared) if key in type(recipe).model_fields]
+    at = order.index("data") + 1
+    return "".join(_dump_entry(key, getattr(recipe, key), 0) for key in [*order[:at], *own, *order[at:], *Work.LAST])
 
 
 def _dump_entry(key: str, value: Any, depth: int) -> str:

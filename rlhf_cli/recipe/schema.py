@@ -11,21 +11,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES, Objective, objectives_of
-from rlhf_cli.recipe.settings.blocks import Checked, Name, as_mapping, block, terms_of
-from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings
+from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
+from rlhf_cli.recipe.settings.blocks import Name, as_mapping, block, terms_of
+from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
 from rlhf_cli.recipe.settings.doctor import TripwireSettings
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
 from rlhf_cli.recipe.settings.ppo import CriticSettings, PPOSettings
 from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.recipe.settings.rollout import RolloutSettings
 from rlhf_cli.recipe.settings.training import CheckpointSettings, EvaluationSettings, LoggingSettings, TrainingSettings
+from rlhf_cli.recipe.work import Work
 
 
-class Recipe(Checked):
-    """What all stages share."""
+class Recipe(Work):
+    """What all commands that train share."""
 
-    stage: str
-    """The command this recipe is for."""
     model: Annotated[ModelSettings, as_mapping("name_or_path", ModelSettings)]
     """The model to start from."""
     lora: LoraSettings | None = None
@@ -40,10 +40,23 @@ class Recipe(Checked):
     """When to save."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """When to evaluate."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """Decides the data order, initial heads and adapters, dropout and sampling."""
-    output_dir: Name
-    """The run directory."""
+
+    def data_read(self) -> list[SourceSettings]:
+        return [*self.data.train, *(self.data.eval or [])]
+
+    def models_read(self) -> list[tuple[str, str | None]]:
+        return [(self.model.name_or_path, self.model.revision)]
+
+    def texts_read(self) -> list[str]:
+        return [] if self.model.chat_template is None else [self.model.chat_template]
+
+    @property
+    def trackers(self) -> list[str]:
+        return list(self.logging.report_to)
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.training.max_steps
 
     def contradictions(self) -> Iterator[str]:
         if self.model.quantization != "none" and self.lora is None:
@@ -100,6 +113,9 @@ class DPORecipe(Recipe):
     """auto: the reference's log-probabilities are kept for later runs on the same data and weights, in the folder
     RLHF_CACHE (default: rlhf in the user's cache), and taken from there. off: neither. Never changes the result."""
 
+    def models_read(self) -> list[tuple[str, str | None]]:
+        return super().models_read() + ([] if self.reference is None else [(self.reference, None)])
+
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         names = [entry.name for entry in self.objectives() if "reference" not in entry.needs]
@@ -134,6 +150,12 @@ class PPORecipe(Recipe):
     """The value model; only estimators that read values have one (gae)."""
     doctor: TripwireSettings = TripwireSettings()
     """Watches training: findings in plain words, and what they set off."""
+
+    def data_read(self) -> list[SourceSettings]:
+        return super().data_read() + (self.ppo.ptx.data if self.ppo.ptx else [])
+
+    def rewards_read(self) -> list[RewardSettings]:
+        return self.rewards
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -207,11 +229,14 @@ class PPORecipe(Recipe):
             yield f"two rewards have the same name ({', '.join(titles)}): give each a `name`"
 
 
-RECIPES: dict[str, type[Recipe]] = {
+RECIPES: dict[str, type[Work]] = {
     "sft": SFTRecipe,
     "train-rm": RewardRecipe,
     "ppo": PPORecipe,
     "dpo": DPORecipe,
     "orpo": ORPORecipe,
     "simpo": SimPORecipe,
+    "sample": SampleRecipe,
+    "score": ScoreRecipe,
+    "select": SelectRecipe,
 }

@@ -74,9 +74,10 @@ def draw(
     completions_per_prompt: int,
     sampling: Sampling,
     seed: int,
+    first: int = 0,
 ) -> Drawn:
-    """Sample completions of each prompt."""
-    drawn = sample(policy, prompts, completions_per_prompt, stop_ids, sampling, seed)
+    """Sample completions of each prompt, as `generate.sample`."""
+    drawn = sample(policy, prompts, completions_per_prompt, stop_ids, sampling, seed, first)
     rows = [(g, c) for g, group in enumerate(drawn) for c in group]
     rollout = Rollout(
         [tasks[g] for g, _ in rows],

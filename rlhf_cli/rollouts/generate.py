@@ -31,9 +31,12 @@ def sample(
     stop_ids: Sequence[int],
     sampling: Sampling,
     seed: int,
+    first: int = 0,
 ) -> list[list[Completed]]:
-    """`count` completions of each prompt. Raises ModelError when a single prompt does not fit the memory, or the engine
-    returns another number of completions."""
+    """`count` completions of each prompt, numbered from `first` on: what is drawn depends on seed and number.
+
+    Raises ModelError when a single prompt does not fit the memory, or the engine returns another number of completions.
+    """
     engine, stats, began = ENGINES[sampling.engine], sampling.stats, time.perf_counter()
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     out: list[list[Completed]] = [[] for _ in prompts]
@@ -41,7 +44,7 @@ def sample(
     while start < len(order):
         each = min(count - done, room)
         group = order[start : start + max(1, room // each)] if each == count else [order[start]]
-        rows = [i * count + done + k for i in group for k in range(each)]
+        rows = [first + i * count + done + k for i in group for k in range(each)]
         try:
             completed = engine(policy, [prompts[i] for i in group], rows, each, stop_ids, sampling, seed)
         except torch.OutOfMemoryError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.data.examples import Task
 from rlhf_cli.errors import DataError, ModelError, RecipeError
-from rlhf_cli.models.base import Text, check_length, load_text
+from rlhf_cli.models.base import Base, Text, check_length, load_text
 from rlhf_cli.models.build import frozen_role
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import Kept, read_json, resolve_model
@@ -131,14 +131,16 @@ def statistics(settings: RewardSettings, text: Text) -> tuple[float, float]:
     return float(mean), float(std)
 
 
-def open_rewards(checked: Sequence[Checked], model: ModelSettings, policy: Role, text: Text) -> list[Reward]:
-    """All rewards in the order of the recipe; reward models as frozen roles, on the policy's base where they belong to
-    it. `text`: of the policy."""
+def open_rewards(checked: Sequence[Checked], model: ModelSettings, shared: Base | None, text: Text) -> list[Reward]:
+    """All rewards in the order of the recipe; reward models as frozen roles, on `shared` where they belong to it, or on
+    the base of one before them. `text`: of the policy."""
     rewards: list[Reward] = []
     for i, one in enumerate(checked):
         if isinstance(one, Judge):
             own = model.model_copy(update={"revision": None})
-            rewards.append(opened(one, frozen_role(f"reward-{i}", own, one.text, policy.base), text))
+            role = frozen_role(f"reward-{i}", own, one.text, shared)
+            shared = role.base if shared is None and role.adapter is not None else shared
+            rewards.append(opened(one, role, text))
         else:
             rewards.append(one)
     return rewards

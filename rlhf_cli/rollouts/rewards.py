@@ -83,6 +83,8 @@ class Totals:
     cost: Scores | None
     """None without a reward of that role."""
     metrics: dict[str, float]
+    parts: Mapping[str, Scores] = field(default_factory=dict)
+    """What each reward said, scaled and not weighted, by its name."""
 
 
 def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer, *, learn: bool, moving: bool = True) -> Totals:
@@ -107,7 +109,7 @@ def total(rewards: Sequence[Reward], rollout: Rollout, infer: Infer, *, learn: b
         for role in ("reward", "cost")
     }
     assert sums["reward"] is not None
-    return Totals(sums["reward"], sums["cost"], metrics)
+    return Totals(sums["reward"], sums["cost"], metrics, {r.name: part for r, part in zip(rewards, parts, strict=True)})
 
 
 def _scaled(

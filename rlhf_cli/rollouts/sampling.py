@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhf_cli.data.template import Template
-from rlhf_cli.recipe.settings.rollout import RolloutSettings
+from rlhf_cli.recipe.settings.rollout import SamplingSettings
 from rlhf_cli.rollouts.stops import TextStops, split
 
 
@@ -62,12 +62,13 @@ class Sampling:
     """Shared by all that is made from this by `replace`."""
 
     @classmethod
-    def of(cls, settings: RolloutSettings, template: Template) -> Sampling:
+    def of(cls, settings: SamplingSettings, template: Template) -> Sampling:
         """From the block `rollout` of a recipe."""
         ids, strings = split(settings.stop, template)
         return cls(
             settings.max_new_tokens,
-            settings.temperature,
+            settings.temperature or 1.0,
+            greedy=settings.temperature == 0,
             max_batch=settings.max_batch,
             min_new_tokens=settings.min_new_tokens,
             stop_ids=ids,

@@ -10,11 +10,13 @@ from typing import Any, Literal
 from rlhf_cli.errors import ModelError, Problem, RecipeError
 from rlhf_cli.recipe.lineage import differences, digest_of, inputs, semantic
 from rlhf_cli.recipe.model_path import read_json
-from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.work import Work
 from rlhf_cli.runs import lock, manifest
 from rlhf_cli.runs.files import TEMPORARY
 from rlhf_cli.runs.metrics import number, read_lines
 
+PIECES = "data.pieces"
+"""What a command that makes data has made so far, in its run directory."""
 ARCHIVE = "--resume never archives the old run and starts anew; or choose another output_dir"
 
 
@@ -41,10 +43,10 @@ class Decision:
     """Checkpoint the user named; None: the newest whole one."""
 
 
-def identify(recipe: Recipe) -> Identity:
+def identify(recipe: Work) -> Identity:
     """Read everything the recipe depends on. Raises as `lineage.inputs` does."""
     meaning, sources = semantic(recipe), inputs(recipe)
-    return Identity(meaning, sources, digest_of(meaning, sources), recipe.training.max_steps)
+    return Identity(meaning, sources, digest_of(meaning, sources), recipe.max_steps)
 
 
 def decide(path: Path, wanted: Identity, resume: str) -> Decision:
@@ -74,7 +76,7 @@ def decide(path: Path, wanted: Identity, resume: str) -> Decision:
     listed = manifest.listed(path / "checkpoints")
     if listed and all(manifest.fault(checkpoint, content=False) for checkpoint in listed):
         raise no_whole_checkpoint(path / "checkpoints")
-    return Decision("resume" if listed else "fresh")
+    return Decision("resume" if listed or (path / PIECES).is_file() else "fresh")
 
 
 def no_whole_checkpoint(folder: Path) -> ModelError:
@@ -113,7 +115,7 @@ def _state(path: Path) -> Literal["empty", "run"]:
 
 def _never_trained(path: Path) -> bool:
     """Whether the run there ended before its first step was over: nothing is lost when another takes its place."""
-    if any((path / name).exists() for name in ("DONE", "checkpoints", "rollbacks", "final")):
+    if any((path / name).exists() for name in ("DONE", "checkpoints", "rollbacks", "final", PIECES)):
         return False
     try:
         rows = [row for row in read_lines(path / "metrics.jsonl") if row.get("step") != 0]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.recipe.lineage import differences
 from rlhf_cli.recipe.model_path import read_json
-from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.work import Work
 from rlhf_cli.runs import lock, manifest, provenance, trackers
-from rlhf_cli.runs.decide import Decision, Identity, decide, identify, refuse_inputs_inside, stands
+from rlhf_cli.runs.decide import PIECES, Decision, Identity, decide, identify, refuse_inputs_inside, stands
 from rlhf_cli.runs.files import (
     discard,
     disk_error,
@@ -30,7 +31,8 @@ from rlhf_cli.runs.metrics import HINT, Lines, plain, read_lines
 SCHEMA = 1
 _ATTEMPT = (
     "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "bad-rows.jsonl", "report.html", "final",
-    "doctor.jsonl", "rollbacks", "postmortem.html",
+    "doctor.jsonl", "rollbacks", "postmortem.html", PIECES, PRODUCT, "summary.json", "again.jsonl",
+    "comparisons.jsonl",
 )  # fmt: skip
 """What an attempt without any checkpoint leaves behind, removed when the run starts over."""
 
@@ -38,7 +40,7 @@ _ATTEMPT = (
 class Run:
     """A run directory. `open` decides and writes nothing; `begin` writes; `finish` writes DONE; `close` unlocks."""
 
-    def __init__(self, recipe: Recipe, command: str, resume: str, identity: Identity, decision: Decision) -> None:
+    def __init__(self, recipe: Work, command: str, resume: str, identity: Identity, decision: Decision) -> None:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
         self.identity = identity
@@ -50,7 +52,7 @@ class Run:
         self._lines = {name: Lines(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")}
 
     @classmethod
-    def open(cls, recipe: Recipe, command: str, resume: str) -> Run:
+    def open(cls, recipe: Work, command: str, resume: str) -> Run:
         """Decide what is to be done for a recipe. Writes nothing.
 
         Args:
@@ -62,7 +64,7 @@ class Run:
         stranger's files in the directory, no right to write there.
         """
         path = Path(recipe.output_dir)
-        trackers.require(recipe.logging.report_to)
+        trackers.require(recipe.trackers)
         identity = identify(recipe)
         refuse_inputs_inside(path, identity)
         decision = decide(path, identity, resume)
@@ -130,6 +132,10 @@ class Run:
         if bad_rows:
             self._put("bad-rows.jsonl", bad_rows)
         self._put("data-report.json", report)
+
+    def put(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file into the directory, whole or absent. Raises ModelError when the disk refuses."""
+        self._put(name, value)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of metrics.jsonl and samples.jsonl, brought to the disk; a checkpoint stores them for `rewind`."""

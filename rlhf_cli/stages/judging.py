@@ -25,7 +25,7 @@ from rlhf_cli.objectives.running import RunningRewards
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.stages.common import settings_of
 from rlhf_cli.stages.facts import FIGURES, Facts, facts
-from rlhf_cli.stages.remembered import Reference
+from rlhf_cli.stages.remembered import Reference, strangers_of
 from rlhf_cli.train.engine import Engine, Losses, Part, Prepare
 
 
@@ -80,7 +80,7 @@ class Judge:
         known = facts(samples)
         best = known.length.gather(1, known.best[:, None])
         counts = {"example": float(len(samples)), "chosen_token": float(best.sum())}
-        kl = self._kl_point(samples) if "kl_point" in self.needs else None
+        kl = self._kl_point(split, rows) if "kl_point" in self.needs else None
         whole = self._whole_step(split, samples, rows, known) if "whole_step" in self.needs else None
 
         def prepare(batch: Batch, group: list[int]) -> Batch:
@@ -155,18 +155,20 @@ class Judge:
             self.reference.keep(split, index, fresh.view(len(rows), *memory.logp.shape[1:]))
         return memory.logp[index].to(batch.ids.device)
 
-    def _kl_point(self, samples: Sequence[Sample]) -> Tensor:
-        """KTO's estimate of KL(policy || reference) over a whole step: the mean log-ratio of completions set under
-        another row's prompt (its end, where both are too long), not below zero; 0 when no row has another prompt."""
-        assert self.reference.role is not None
-        mismatched = strangers(samples, self.engine.recipe.data.max_length)
+    def _kl_point(self, split: str, rows: np.ndarray) -> Tensor:
+        """KTO's estimate of KL(policy || reference) over a whole step: the mean log-ratio of the rows' strangers, not
+        below zero; 0 when no row has one."""
+        has, mismatched = self.reference.strangers[split].of(rows)
         if not mismatched:
             return torch.zeros(())
-        means = []
-        for role in (self.policy, self.reference.role):
-            parts = self.engine.infer(role, mismatched, partial(self._ask, role), "sequence")
-            means.append(torch.cat(parts)[:, 0].mean().cpu())
-        return (means[0] - means[1]).clamp(min=0)
+        memory, index = self.reference.memory[strangers_of(split)], torch.from_numpy(rows[has])
+        if not memory.knows(index):
+            frozen = self.reference.role
+            assert frozen is not None
+            parts = self.engine.infer(frozen, mismatched, partial(self._ask, frozen), "sequence")
+            self.reference.keep(strangers_of(split), index, torch.stack(parts))
+        parts = self.engine.infer(self.policy, mismatched, partial(self._ask, self.policy), "sequence")
+        return (torch.cat(parts)[:, 0].mean().cpu() - memory.logp[index, 0, 0].mean()).clamp(min=0)
 
     def _whole_step(self, split: str, samples: Sequence[Sample], rows: np.ndarray, known: Facts) -> Whole:
         """All numbers of the step without gradient, the loss of them, and its gradient by each number."""
@@ -242,19 +244,6 @@ class Judge:
             found = FIGURES[self.kind](rewards, numbers[:, :, 0].detach(), known)
             metrics |= {f"running-{i}/{side}": found[f"rewards/{side}"] for side in ("chosen", "rejected")}
         return Losses(sums, metrics)
-
-
-def strangers(samples: Sequence[Sample], max_length: int) -> list[Sample]:
-    """Each row's prompt with the completion of the next row that has another prompt; rows without one are left out."""
-    found, prompts = [], [own.prompt.tobytes() for own in samples]
-    for i, own in enumerate(samples):
-        others = (
-            samples[j % len(samples)] for j in range(i + 1, i + len(samples)) if prompts[j % len(samples)] != prompts[i]
-        )
-        if (other := next(others, None)) is not None:
-            room = max_length - len(other.completions[0].ids)
-            found.append(Sample(own.prompt[-room:], other.completions, {}, own.where))
-    return found
 
 
 def _laid_out(numbers: Tensor, present: Tensor) -> Tensor:

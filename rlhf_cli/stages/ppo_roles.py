@@ -53,7 +53,7 @@ def load_roles(recipe: PPORecipe, checked: Sequence[Checked], text: Text, displa
         words += f", moved towards the policy by {moving.alpha:g} every {moving.every} rollouts"
         words += "" if recipe.lora is None else " (the factors of the adapters are mixed, not their products)"
     display.note(f"reference: {words}")
-    rewards = open_rewards(checked, recipe.model, policy, text)
+    rewards = open_rewards(checked, recipe.model, policy.base, text)
     has_critic, costs = ESTIMATORS[recipe.ppo.advantage.name].critic, recipe.ppo.lagrange is not None
     if not has_critic:
         display.note(f"critic: none, {recipe.ppo.advantage.name} reads no values")

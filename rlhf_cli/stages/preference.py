@@ -42,8 +42,9 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         return
     policy = load_policy(recipe, text, display)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])
-    memory = setup.open_memory(terms, recipe, engine, policy, text, named, data, loader)
-    reference = Reference(engine, memory, stays="kl_point" in setup.needs(terms))
+    strangers = setup.open_strangers(terms, recipe, data)
+    memory = setup.open_memory(terms, recipe, engine, policy, text, named, data, loader, strangers)
+    reference = Reference(engine, memory, strangers)
     reference.role = setup.open_reference(terms, recipe, policy, text, named, engine, data.train, memory)
     judge = judging.Judge(engine, terms, policy, reference)
 

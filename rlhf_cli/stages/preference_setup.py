@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from rlhf_cli.objectives.judged import Pair
 from rlhf_cli.stages import remembered
 from rlhf_cli.stages.judging import Term
 from rlhf_cli.stages.remembered import Memory
+from rlhf_cli.stages.strangers import Strangers
 from rlhf_cli.train.engine import Engine
 
 COUNTED = {"comparison": "pairs", "verdict": "verdicts", "ranking": "rankings"}
@@ -126,6 +127,12 @@ def _tolerance(policy: Role) -> float:
     return 0.25 if rounds(policy.base) else 1e-4
 
 
+def open_strangers(terms: Sequence[Term], recipe: Any, data: Prepared) -> dict[str, Strangers]:
+    """Those of each split; empty when no objective compares with them."""
+    splits = {"train": data.train, "eval": data.eval} if "kl_point" in needs(terms) else {}
+    return {name: Strangers(samples, recipe.data.max_length) for name, samples in splits.items() if samples}
+
+
 def open_memory(
     terms: Sequence[Term],
     recipe: Any,
@@ -135,13 +142,16 @@ def open_memory(
     named: Text | None,
     data: Prepared,
     loader: Loader,
+    strangers: Mapping[str, Strangers],
 ) -> dict[str, Memory]:
     """What is known of the reference, by split; empty when no objective needs one."""
     wanted = needs(terms)
     if "reference" not in wanted:
         return {}
     kind = terms[0].entry.data
-    return remembered.open_memory(recipe, engine, policy, text, named, data, loader, kind, "common" in wanted)
+    return remembered.open_memory(
+        recipe, engine, policy, text, named, data, loader, kind, "common" in wanted, strangers
+    )
 
 
 def _from_cache(
@@ -154,8 +164,9 @@ def _from_cache(
 ) -> bool:
     """Whether the cache makes the reference superfluous, said aloud. Numbers that are not the untrained policy's are
     put aside."""
-    rows = torch.cat([m.wanted for m in memory.values()])
-    known = torch.cat([m.in_cache() & m.wanted for m in memory.values()])
+    examples = [memory[split] for split in ("train", "eval") if split in memory]
+    rows = torch.cat([m.wanted for m in examples])
+    known = torch.cat([m.in_cache() & m.wanted for m in examples])
     if not bool(known.any()):
         return False
     gap = 0.0 if named is not None else _gap(policy, engine, samples, memory["train"])
@@ -163,9 +174,9 @@ def _from_cache(
         engine.display.warn(f"the cache's numbers of the reference are {gap:.3g} nats a token off: made anew")
         memory |= {split: replace(m, found=None) for split, m in memory.items()}
         return False
-    notes = next(m.found.notes for m in memory.values() if m.found is not None)
+    notes = next(m.found.notes for m in examples if m.found is not None)
     words = f"{int(known.sum())} of {int(rows.sum())} {COUNTED[terms[0].entry.data]} known from an earlier run"
-    superfluous = bool(known[rows].all()) and "kl_point" not in needs(terms)
+    superfluous = all(bool(m.in_cache()[m.wanted].all()) for m in memory.values())
     engine.display.note(
         f"reference: {words} ({notes['run']})"
         + ("; it is not loaded" if superfluous else "")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import fingerprint
 from rlhf_cli.runs.cache import Entry, Store, key_of, open_store
 from rlhf_cli.runs.provenance import versions
+from rlhf_cli.stages.strangers import NOBODY, Strangers
 from rlhf_cli.train.engine import Engine
 
 KIND = "reference"
 NO, SHARED, OWN = 0, 1, 2
 """What is known of a row: nothing; what any run under the same key computes; what only this run goes by, after a change
 of its micro-batches."""
-NOBODY = "0" * 64
+NO_KEY = "0" * 64
 """The key of numbers that are not shared."""
 NO_EFFECT = {
     "model": {"name_or_path", "revision", "chat_template", "gradient_checkpointing"},
@@ -123,8 +124,8 @@ class Reference:
     engine: Engine
     memory: dict[str, Memory]
     """By split; empty when no objective needs a reference."""
-    stays: bool
-    """Whether more is asked of it than what is remembered."""
+    strangers: Mapping[str, Strangers]
+    """By split; empty when no objective compares with them."""
     role: Role | None = None
     """None as well when nothing is left to ask. Whoever holds it besides keeps it in memory."""
 
@@ -146,16 +147,16 @@ class Reference:
 
     def _let_go(self) -> None:
         """Free the model once nothing will be asked of it."""
-        if self.role is not None and not self.stays and all(memory.complete for memory in self.memory.values()):
+        if self.role is not None and all(memory.complete for memory in self.memory.values()):
             self.role = None
             gc.collect()
 
 
 def open_memory(
     recipe: Any, engine: Engine, policy: Role, text: Text, named: Text | None, data: Prepared, loader: Loader,
-    kind: str, common: bool,
+    kind: str, common: bool, strangers: Mapping[str, Strangers],
 ) -> dict[str, Memory]:  # fmt: skip
-    """Room for the reference's numbers of each split; a checkpoint keeps those that are known.
+    """Room for the reference's numbers of each split, and of its strangers; a checkpoint keeps those that are known.
 
     kind: of the examples; common: whether an objective needs a second number of each completion.
     """
@@ -170,14 +171,26 @@ def open_memory(
     shape = (1 if kind == "verdict" else 2, 2 if common else 1)
     memory = {}
     for split, (samples, dealt, wanted) in splits.items():
-        if samples:
-            key = NOBODY if store is None else key_of(**about, data=digest(samples), order=dealt)
-            logp = torch.zeros(len(samples), *shape)
+        if not samples:
+            continue
+        content = {} if store is None else {"data": digest(samples), "order": dealt}
+        parts: dict[str, tuple[dict[str, Any], Tensor]] = {split: ({}, wanted)}
+        if split in strangers:
+            has = torch.from_numpy(strangers[split].partner != NOBODY)
+            parts[strangers_of(split)] = {"strangers": strangers[split].max_length}, wanted & has
+        for name, (more, asked) in parts.items():
+            key = NO_KEY if store is None else key_of(**about, **content, **more)
+            logp = torch.zeros(len(samples), *(shape if name == split else (1, 1)))
             found = None if store is None else store.read(KIND, key, _layout(logp))
             known, origin = torch.zeros(len(samples), dtype=torch.uint8), torch.zeros(32, dtype=torch.uint8)
-            memory[split] = Memory(logp, known, origin, wanted, key, engine.budget, store, found)
-            engine.kept_tensors[f"reference-{split}"] = memory[split].tensors()
+            memory[name] = Memory(logp, known, origin, asked, key, engine.budget, store, found)
+            engine.kept_tensors[f"reference-{name}"] = memory[name].tensors()
     return memory
+
+
+def strangers_of(split: str) -> str:
+    """The name of what is remembered of a split's strangers."""
+    return f"{split}-strangers"
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -6,12 +6,9 @@ unit's count in the whole step. So neither the micro-batch size nor the layout c
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -21,12 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
+from rlhf_cli.runs.signals import Signals
 from rlhf_cli.runs.trackers import Trackers
 from rlhf_cli.train import passes, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
@@ -103,12 +101,13 @@ class Engine:
     halt: Callable[[], NoReturn] | None = None
     """Ends the run once the step under way is logged and in a checkpoint."""
     spikes: Spikes = field(init=False)
-    _signal: int | None = None
+    signals: Signals = field(init=False)
     _clock: float = 0.0
     _clock_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.spikes = Spikes(self.recipe.training)
+        self.signals = Signals(self.display.warn, "this step, then saving")
 
     def add(self, role: Role, learning_rate: float, *, idle: int = 0) -> None:
         """Train this role; its schedule starts after `idle` steps."""
@@ -172,19 +171,8 @@ class Engine:
         function: Callable[[Batch], Tensor],
         unit: Literal["token", "sequence"] = "token",
     ) -> list[Tensor]:
-        """function(batch), a number for each scored token (T,) or sequence (N,), given back sample by sample."""
-
-        def run() -> list[Tensor]:
-            out: list[Tensor | None] = [None] * len(samples)
-            for group, batch in passes.batches(self, role, samples):
-                with role.active():
-                    result = function(batch)
-                owner = batch.example if unit == "sequence" else batch.example[batch.owners]
-                for place, i in enumerate(group):
-                    out[i] = result[owner == place]
-            return [o for o in out if o is not None]
-
-        return passes.within_memory(self, samples, run)
+        """As `passes.infer`."""
+        return passes.infer(self, role, samples, function, unit)
 
     # --- what surrounds a step ---------------------------------------------------------------------------------------
 
@@ -215,15 +203,13 @@ class Engine:
         self.display.step(self.step, metrics, show)
         if show:
             self.trackers.log(self.step, metrics)
-        stopped = self._signal is not None or self.halt is not None
+        stopped = self.signals.caught is not None or self.halt is not None
         if done or stopped or self._due(self.recipe.checkpoint.every):
             self.save()
         if self.halt is not None:
             self.halt()
-        if self._signal is not None and not done:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(self._signal, f"{name}: stopped after step {self.step}, checkpoint written; the same "
-                                            f"command goes on from here")  # fmt: skip
+        if self.signals.caught is not None and not done:
+            raise self.signals.interrupted(f"step {self.step}, checkpoint written")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -235,13 +221,11 @@ class Engine:
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
         """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""
         self.set_out()
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.step < self.total_steps:
-                self.tick(step())
+            with self.signals:
+                while self.step < self.total_steps:
+                    self.tick(step())
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self.trackers.close()
             self.display.stop()
 
@@ -251,11 +235,3 @@ class Engine:
             self.run.log({"step": 0, **first})
         self.display.start(self.total_steps, self.step)
         self._clock, self._clock_tokens = time.monotonic(), self.tokens
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            os._exit(128 + number)
-        self._signal = number
-        self.display.warn(
-            f"{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once"
-        )

@@ -6,34 +6,54 @@ When the device runs out of memory, a pass is made again with less in memory at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from rlhf_cli.data.batch import Batch, collate, micro_batches, size
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models import checkpointing, memory
 from rlhf_cli.models.roles import Role
+from rlhf_cli.runs.display import Display
 from rlhf_cli.train import checkpoint
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine, Learner, Part, Prepare
 
 T = TypeVar("T")
+
+
+class Memory(Protocol):
+    """Who decides how much is in memory at once."""
+
+    display: Display
+    budget: int
+    """Tokens of a micro-batch."""
+    packed: bool
+    tokens: int
+    """Seen in training so far."""
+
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        """Whoever is trained."""
+
+
 OVERFLOWS = 20
 """Steps in a row that may overflow in float16, its loss scale falling, before training counts as diverged."""
 
 
-def batches(engine: Engine, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
+def batches(engine: Memory, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
     """The micro-batches of some samples, each with the places of its own among them."""
     packed = engine.packed and role.base.packed
     for group in micro_batches(samples, engine.budget, packed=packed):
         yield group, collate([samples[i] for i in group], packed=packed).to(role.base.device)
 
 
-def within_memory(engine: Engine, samples: Sequence[Sample], function: Callable[[], T], *, training: bool = False) -> T:
+def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[[], T], *, training: bool = False) -> T:
     """function(), again with less in memory when that runs out: in training first by recomputing more layers, where
     the recipe leaves that to us, then by half the budget."""
     generators, tokens = checkpoint.random_state(), engine.tokens
@@ -46,7 +66,7 @@ def within_memory(engine: Engine, samples: Sequence[Sample], function: Callable[
             for learner in engine.learners.values():
                 learner.role.abandon()
                 learner.optimizer.zero_grad(set_to_none=True)
-            less = _recompute_more(engine) if training else ""
+            less = _recompute_more(cast("Engine", engine)) if training else ""
             if not less:
                 longest = max(len(s.prompt) + sum(len(c.ids) for c in s.completions) for s in samples)
                 if engine.budget <= longest:
@@ -60,6 +80,49 @@ def within_memory(engine: Engine, samples: Sequence[Sample], function: Callable[
         checkpoint.set_random_state(*generators)
         engine.tokens = tokens
         engine.display.warn(f"out of memory: {less} (same result)")
+
+
+def infer(
+    engine: Memory,
+    role: Role,
+    samples: Sequence[Sample],
+    function: Callable[[Batch], Tensor],
+    unit: Literal["token", "sequence"] = "token",
+) -> list[Tensor]:
+    """function(batch), a number for each scored token (T,) or sequence (N,), given back sample by sample."""
+
+    def run() -> list[Tensor]:
+        out: list[Tensor | None] = [None] * len(samples)
+        for group, batch in batches(engine, role, samples):
+            with role.active():
+                result = function(batch)
+            owner = batch.example if unit == "sequence" else batch.example[batch.owners]
+            for place, i in enumerate(group):
+                out[i] = result[owner == place]
+        return [o for o in out if o is not None]
+
+    return within_memory(engine, samples, run)
+
+
+@dataclass
+class Frozen:
+    """Roles that are asked and not trained, as an engine would."""
+
+    display: Display
+    budget: int
+    packed: bool = True
+    tokens: int = 0
+    learners: Mapping[str, Learner] = field(default_factory=dict)
+
+    def infer(
+        self,
+        role: Role,
+        samples: Sequence[Sample],
+        function: Callable[[Batch], Tensor],
+        unit: Literal["token", "sequence"] = "token",
+    ) -> list[Tensor]:
+        """As `infer`."""
+        return infer(self, role, samples, function, unit)
 
 
 def _recompute_more(engine: Engine) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_cli.data.tokens import Completion, Sample
-from rlhf_cli.stages.judging import strangers
+from rlhf_cli.stages.strangers import Strangers
 from tests.stages import world as w
 from tests.stages.conftest import quick, train
 
@@ -25,7 +25,7 @@ def row(prompt: str, completion: str) -> Sample:
 
 
 def paired(rows: list[Sample], longest: int = 99) -> list[tuple[str, str]]:
-    found = strangers(rows, longest)
+    _, found = Strangers(rows, longest).of(np.arange(len(rows)))
     return [(bytes(s.prompt.astype(np.uint8)).decode(), bytes(s.completions[0].ids.astype(np.uint8)).decode())
             for s in found]  # fmt: skip
 

@@ -94,13 +94,15 @@ def test_a_warm_run_equals_a_cold_one(
     assert w.contents(cache) == before
 
 
-def test_kto_keeps_its_reference_for_the_kl(toy: Toy, tmp_path: Path) -> None:
+def test_kto_also_remembers_what_its_reference_says_of_strangers(
+    toy: Toy, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cold = toy("dpo", "verdicts", "cold", 48, **DPO | {"objective": {"name": "kto"}})
     go(cold)
-    outcome = go(cold | {"output_dir": str(tmp_path / "warm")})
-    lines = [line for line in outcome.err.splitlines() if line.startswith("reference: ")]
-    assert "64 of 64 verdicts known from an earlier run" in lines[0]
-    assert "with adapters off" in lines[1]
+    assert len(entries(cache)) == 4, "train and eval, and the strangers of both"
+    no_reference(monkeypatch)
+    line = found(go(cold | {"output_dir": str(tmp_path / "warm")}))
+    assert f"64 of 64 verdicts known from an earlier run ({tmp_path / 'cold'}); it is not loaded" in line
     assert_same(tmp_path / "warm", tmp_path / "cold")
 
 

@@ -13,7 +13,8 @@ from rlhf_cli.recipe.settings.blocks import Checked, Count, Name, as_list, as_ma
 
 class SourceSettings(Settings):
     path: Name
-    """A file (.jsonl, .json, .parquet, .txt, each also .gz), a folder of such files, or a hub data set."""
+    """A file (.jsonl, .json, .parquet, .txt, each also .gz), a folder of such files, a run of `rlhf sample`, `score` or
+    `select`, or a hub data set."""
     format: str = "auto"
     """How a row is read: auto detects it from the columns and says what it took."""
     columns: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
