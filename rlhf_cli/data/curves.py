@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,12 +37,16 @@ def kl_bound(n: int) -> float:
 
 
 def mean_curve(groups: Sequence[Sequence[float]]) -> list[dict[str, float | None]]:
-    """The curve over prompts: n, the mean of the best of n, its standard error over prompts, the bound on the KL; up to
-    the fewest scores that a prompt with at least two has. Prompts with one score are left out."""
-    usable = [group for group in groups if len(group) > 1]
-    if not usable:
+    """The curve over prompts: n, the mean of the best of n, its standard error over prompts, the bound on the KL.
+
+    It goes as far as the usual number of scores of a prompt. Prompts with fewer are left out, so that every n is over the
+    same ones.
+    """
+    counts = Counter(len(group) for group in groups)
+    most = max(counts, key=lambda count: (counts[count], count), default=0)
+    if most < 2:
         return []
-    most = min(len(group) for group in usable)
+    usable = [group for group in groups if len(group) >= most]
     curves = np.stack([best_of_n(group, most) for group in usable])  # (prompts, most)
     error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else None
     return [

@@ -186,12 +186,12 @@ def test_the_bound_on_the_divergence_of_the_best_of_n() -> None:
     assert kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
-def test_the_curve_goes_as_far_as_the_fewest_scores() -> None:
-    curve = mean_curve([[0.0, 1.0, 2.0], [2.0, 4.0], [9.0]])
+def test_the_curve_goes_as_far_as_the_usual_number_of_scores() -> None:
+    curve = mean_curve([[0.0, 1.0], [2.0, 4.0, 6.0], [2.0, 4.0], [9.0]])
     assert [point["n"] for point in curve] == [1, 2]
-    assert curve[0]["score"] == pytest.approx(2.0)
-    assert curve[1]["score"] == pytest.approx((5 / 3 + 4) / 2)
-    assert mean_curve([[1.0]]) == []
+    assert curve[0]["score"] == pytest.approx((0.5 + 4 + 3) / 3)
+    assert curve[1]["score"] == pytest.approx((1 + 16 / 3 + 4) / 3)
+    assert mean_curve([[1.0]]) == mean_curve([]) == []
     assert mean_curve([[1.0, 2.0]])[0]["standard_error"] is None
 
 
