@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -41,14 +41,14 @@ is what the loss is while policy and reference are the same model, or all scores
 
 def page() -> str:
     """The whole page."""
-    commands = [part for stage in STAGES.values() for part in _command(stage)]
+    commands = [part for stage in STAGES.values() if stage.trains for part in _command(stage)]
     return "\n".join([HEAD, _contents(), *commands])
 
 
 def _contents() -> str:
     """A table of all names, grouped by command."""
     rows = []
-    for stage in STAGES.values():
+    for stage in (stage for stage in STAGES.values() if stage.trains):
         for entry in _entries(stage):
             found = described(entry)
             rows.append(
@@ -58,7 +58,7 @@ def _contents() -> str:
 
 
 def _entries(stage: Stage) -> list[Named]:
-    return [entry for entries in offers(stage).values() for entry in entries]
+    return [cast("Named", entry) for entries in offers(stage).values() for entry in entries]
 
 
 def _command(stage: Stage) -> Iterator[str]:

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, REWARDS, STAGES, Entry, NonNegative, Share
+from rlhf_cli.catalog import (
+    CONTROLLERS,
+    ESTIMATORS,
+    OBJECTIVES,
+    REWARDS,
+    SELECTIONS,
+    STAGES,
+    Entry,
+    NonNegative,
+    Share,
+)
 from rlhf_cli.catalog.explain import Explained, allowed, docstring, explain, needs_of, parse, recipe_of
 from rlhf_cli.cli.explain import WIDEST, as_text, explanation, formula_lines, on_terminal, plain
 from rlhf_cli.cli.tools import catalogue_lines
@@ -136,7 +146,8 @@ def test_every_name_on_a_terminal_of_80_columns(name: str) -> None:
             assert f"\n  {key}: " in text
     if name in STAGES:
         assert f"rlhf {name}: {STAGES[name].help}"[:60] in text
-        offered = [o.name for o in OBJECTIVES.values() if o.stage == name] or [*ESTIMATORS, *CONTROLLERS, *REWARDS]
+        others = {"ppo": [*ESTIMATORS, *CONTROLLERS, *REWARDS], "select": [*SELECTIONS]}
+        offered = [o.name for o in OBJECTIVES.values() if o.stage == name] or others.get(name, [])
         assert all(f"\n  {one} " in text for one in offered)
 
 
@@ -213,7 +224,8 @@ def test_list_has_a_line_for_each_name_below_its_command() -> None:
         elif line.startswith("  "):
             found.setdefault(command, []).append(line.split()[0])
     offered = {stage: [o.name for o in OBJECTIVES.values() if o.stage == stage] for stage in STAGES}
-    assert found == offered | {"ppo": [*ESTIMATORS, *CONTROLLERS, *REWARDS]}
+    offered = {stage: names for stage, names in offered.items() if names}
+    assert found == offered | {"ppo": [*ESTIMATORS, *CONTROLLERS, *REWARDS], "select": [*SELECTIONS]}
 
 
 def test_list_is_folded_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

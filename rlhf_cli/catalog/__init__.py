@@ -58,6 +58,8 @@ STAGES = {
         Stage("score", "stages.score:run", "Scores of completions by reward models, functions and rules", "ScoreRecipe",
               trains=False),
         Stage("select", "stages.select:run", "Training data of scored completions", "SelectRecipe", trains=False),
+        Stage("eval", "stages.evaluate:run", "Figures about a reward model, or about language models on prompts",
+              "EvalRecipe", trains=False),
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from rlhf_cli.catalog.entries import NEEDS, Controller, Data, Entry, Estimator, Head, Need, Objective, Settings
+from rlhf_cli.catalog.entries import LARGEST, NEEDS, Controller, Data, Entry, Estimator, Head, Need, Objective, Settings
 from rlhf_cli.catalog.rules import Rule
 
 Named = Objective | Estimator | Controller | Rule
@@ -219,5 +219,6 @@ def allowed(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return f"list of {allowed(get_args(annotation)[0])}"
     if kinds := get_args(annotation):
         return " or ".join(allowed(kind, metadata) for kind in kinds)
-    bounds = [f"{sign} {getattr(m, name):g}" for name, sign in SIGNS for m in metadata if hasattr(m, name)]
+    known = ((sign, getattr(m, name)) for name, sign in SIGNS for m in metadata if hasattr(m, name))
+    bounds = [f"{sign} {bound:g}" for sign, bound in known if abs(bound) != LARGEST]  # which all numbers have
     return " ".join([WORDS[annotation], " and ".join(bounds)]).strip()

@@ -140,6 +140,34 @@ def _sample(
     _train("sample", recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
 
 
+def _eval(
+    context: typer.Context,
+    recipe: RecipeFile,
+    bare: Bare = None,
+    sets: Sets = None,
+    output_dir: OutputDir = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="RUN", help="Compare with this model. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    resume: ResumeRows = "auto",
+    dry_run: DryRun = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    from rlhf_cli.recipe.reader import quote
+
+    if as_json and dry_run:
+        raise RecipeError("--json and --dry-run exclude each other: a dry run has no figures", "command line")
+    more = [f"against=[{', '.join(map(quote, against))}]"] if against else []
+    overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, None, seed, None), *more]
+    path = _train("eval", recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, _line(context))
+    if as_json:
+        emit(tools.figures(path))
+
+
 def _shorthands(
     output_dir: str | None, max_steps: int | None, seed: int | None, report_to: list[str] | None
 ) -> list[str]:
@@ -156,8 +184,8 @@ def _shorthands(
 
 def _train(
     stage: str, path: str, overrides: list[str], options: Options, quiet: bool, verbose: bool, line: str
-) -> None:
-    """Read the recipe, open the run directory, hand over to the stage."""
+) -> Path:
+    """Read the recipe, open the run directory, hand over to the stage. Returns the run directory."""
     from rlhf_cli.cli.view import make_display
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
@@ -171,10 +199,11 @@ def _train(
     try:
         if run.status == "done":
             display.note(f"{run.path}: up to date")
-            return
+            return run.path
         train = STAGES[stage].load()
         tools.watch_garbage()
         train(recipe, run, display, options)
+        return run.path
     except RlhfError:
         raise
     except Exception:
@@ -197,9 +226,10 @@ def _trace_to_log(path: Path) -> None:
             file.write(traceback.format_exc())
 
 
+_OWN_OPTIONS: dict[str, Any] = {"sample": _sample, "eval": _eval}
 for _stage in STAGES.values():
-    if _stage.name == "sample":
-        app.command(_stage.name, help=f"{_stage.help}.", no_args_is_help=False)(_sample)
+    if _stage.name in _OWN_OPTIONS:
+        app.command(_stage.name, help=f"{_stage.help}.", no_args_is_help=False)(_OWN_OPTIONS[_stage.name])
     elif _stage.trains:
         _add_stage(_stage.name, _stage.help)
     else:

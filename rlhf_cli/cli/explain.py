@@ -15,6 +15,7 @@ from rlhf_cli.catalog import (
     ESTIMATORS,
     OBJECTIVES,
     REWARDS,
+    SELECTIONS,
     STAGES,
     Data,
     Entry,
@@ -95,16 +96,17 @@ def _place(column: str) -> tuple[bool, str]:
     return column not in FIRST, column
 
 
-def offers(stage: Stage) -> dict[str, list[Named]]:
+def offers(stage: Stage) -> dict[str, list[Entry]]:
     """What a command lets one choose from, by kind."""
-    objectives: list[Named] = [*objectives_of(stage.name)]
-    if objectives:
-        return {"objectives": objectives}
-    return {
-        "advantage estimators": [*ESTIMATORS.values()],
-        "KL controllers": [*CONTROLLERS.values()],
-        "reward rules": [*REWARDS.values()],
-    }
+    others: dict[str, dict[str, list[Entry]]] = {
+        "ppo": {
+            "advantage estimators": [*ESTIMATORS.values()], "KL controllers": [*CONTROLLERS.values()],
+            "reward rules": [*REWARDS.values()],
+        },
+        "select": {"selections": [*SELECTIONS.values()]},
+    }  # fmt: skip
+    objectives: list[Entry] = [*objectives_of(stage.name)]
+    return {"objectives": objectives} if objectives else others.get(stage.name, {})
 
 
 def _command(stage: Stage) -> dict[str, Any]:
@@ -186,8 +188,10 @@ def _command_lines(name: str, command: dict[str, Any], width: int) -> Iterator[L
     yield from ((line, TITLE) for line in _fill(f"rlhf {name}: {command['help']}", width, 0))
     for title, entries in command["offers"].items():
         yield from _section(title[0].upper() + title[1:], name_lines(entries, width))
-    yield "", ""
-    yield "`rlhf explain NAME` tells more of each.", ""
+    if command["offers"]:
+        own = "selections" in command["offers"]
+        yield "", ""
+        yield f"`rlhf {f'schema {name}` has their settings' if own else 'explain NAME` tells more of each'}.", ""
 
 
 def name_lines(entries: dict[str, str], width: int) -> Iterator[str]:

@@ -9,9 +9,20 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, OBJECTIVES, REWARDS, STAGES, Objective
+from rlhf_cli.catalog import (
+    CONTROLLERS,
+    ESTIMATORS,
+    OBJECTIVES,
+    REWARDS,
+    SELECTIONS,
+    STAGES,
+    Entry,
+    Objective,
+    Selection,
+)
 from rlhf_cli.catalog.explain import Named, settings_of
 from rlhf_cli.cli.explain import name_lines, offers
 from rlhf_cli.errors import DataError, ModelError, Problem, RecipeError, RlhfError
@@ -46,10 +57,11 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         ],
         "controllers": [_plain(c) for c in CONTROLLERS.values()],
         "rules": [_plain(r) | {"reads": r.reads} for r in REWARDS.values()],
+        "selections": [_plain(s) | {"gives": s.gives, "scored": s.scored} for s in SELECTIONS.values()],
     }
 
 
-def _plain(entry: Named) -> dict[str, Any]:
+def _plain(entry: Named | Selection) -> dict[str, Any]:
     settings = [asdict(setting) for setting in settings_of(entry.settings)]
     return {"name": entry.name, "help": entry.help, "settings": settings}
 
@@ -67,7 +79,7 @@ def catalogue_lines() -> list[str]:
     return [*lines, "`rlhf explain NAME` shows formula, settings, data and source."]
 
 
-def _unusual(entry: Named) -> str:
+def _unusual(entry: Entry) -> str:
     """The data of an objective, where it is not what most of its command read."""
     return f" [{entry.data}]" if isinstance(entry, Objective) and entry.data not in USUAL else ""
 
@@ -97,6 +109,17 @@ def environment_lines() -> list[str]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+# --- eval ------------------------------------------------------------------------------------------------
+
+
+def figures(path: Path) -> str:
+    """The figures of a finished evaluation, as they lie in its run directory. Raises ModelError."""
+    from rlhf_cli.recipe.model_path import read_json
+    from rlhf_cli.report.evaluation import FIGURES
+
+    return json.dumps(read_json(path / FIGURES), indent=2, ensure_ascii=False)
 
 
 # --- check -----------------------------------------------------------------------------------------------

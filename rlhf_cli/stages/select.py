@@ -102,7 +102,8 @@ def summary(groups: Sequence[Sequence[Candidate]], chosen: Selected, *, scored: 
         facts |= {"mean_score": float(np.mean(scores)), "std_score": float(np.std(scores))}
         kept = [row["score"] for row in chosen.rows if isinstance(row.get("score"), int | float)]
         facts |= {"mean_score_kept": float(np.mean(kept))} if kept else {}
-        facts["best_of_n"] = mean_curve([[selection.score_of(item) for item in group] for group in groups])
+        if len({item.model for group in groups for item in group}) == 1:  # of a mixture it would be of no model
+            facts["best_of_n"] = mean_curve([[selection.score_of(item) for item in group] for group in groups])
     return facts
 
 
