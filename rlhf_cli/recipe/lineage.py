@@ -63,7 +63,7 @@ def semantic(recipe: Work) -> dict[str, Any]:
         *parents, last = dotted.split(".")
         holder = plain
         for key in parents:
-            holder = holder.get(key, {})
+            holder = holder.get(key) or {}
         holder.pop(last, None)
     for reward in plain.get("rewards", []):
         reward.pop("timeout", None)

@@ -139,6 +139,6 @@ def _shown(figures: Mapping[str, float], seconds: float) -> dict[str, float]:
     shown = {}
     if "tokens" in figures:
         shown["tokens_per_second"] = figures["tokens"] / max(seconds, 1e-9)
-    if figures.get("scored"):
+    if "score" in figures and figures.get("scored"):
         shown["objective/scores"] = figures["score"] / figures["scored"]
     return shown
