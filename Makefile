@@ -21,7 +21,7 @@ DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test faults planted check audit bench clean gpu-check
+.PHONY: help setup demo loops test faults planted check audit bench clean gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -109,5 +109,12 @@ $(DEMO)/simpo/DONE: $(TINY)/simpo.yaml $(DEMO)/sft/DONE
 $(DEMO)/table.md: $(RUNS) scripts/demo_table.py
 	$(BIN)/python scripts/demo_table.py --demo $(DEMO) --out $@
 
+# --- the loops: a folder each ----------------------------------------------------------------------------
+
+LOOPS := $(patsubst recipes/loops/%/Makefile,%,$(wildcard recipes/loops/*/Makefile))
+
+loops: $(READY) ## every loop of recipes/loops on the demo's model, one after the other (about a quarter of an hour)
+	@for loop in $(LOOPS); do echo "== $$loop"; $(MAKE) --no-print-directory -C recipes/loops/$$loop; done
+
 clean: ## remove the demo's files and the tools' caches (not .venv, not runs/)
-	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) loops build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

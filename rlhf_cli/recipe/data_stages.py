@@ -12,12 +12,13 @@ from rlhf_cli.recipe.settings.blocks import Checked, as_mapping, block
 from rlhf_cli.recipe.settings.data import Sources, SourceSettings
 from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.recipe.settings.model import ModelSettings
+from rlhf_cli.recipe.settings.revise import ReviseSettings
 from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.recipe.settings.rollout import SamplingSettings
 from rlhf_cli.recipe.work import Work
 
 
-class _GateSettings(Checked):
+class GateSettings(Checked):
     """What is done with rows that cannot be used."""
 
     on_bad_row: Literal["error", "drop"] = "error"
@@ -30,12 +31,12 @@ class _GateSettings(Checked):
     def contradictions(self) -> Iterator[str]:
         yield from self.unread(("max_bad_rows",), "on_bad_row", "drop")
         for key in ("prompts", "completions"):
-            for i, one in enumerate(getattr(self, key, [])):
+            for i, one in enumerate(getattr(self, key, None) or []):
                 if one.weight != 1:
                     yield f"{key}.{i}.weight is not read: it says how often an epoch of training passes over a source"
 
 
-class PromptDataSettings(_GateSettings):
+class PromptDataSettings(GateSettings):
     prompts: Sources
     """Where the prompts are: a path, or a list of paths or of {path, format, columns, name, split, limit}. The other
     columns of a prompt's row are kept with its completions."""
@@ -45,7 +46,7 @@ class PromptDataSettings(_GateSettings):
     """What happens to prompts that leave no room for rollout.max_new_tokens; the counts are always shown."""
 
 
-class CompletionDataSettings(_GateSettings):
+class CompletionDataSettings(GateSettings):
     completions: Sources
     """Runs of `rlhf sample` or `rlhf score`, or files with columns prompt and completion (and score), or prompt,
     completions (and scores); in the forms of a source of training data."""
@@ -54,7 +55,7 @@ class CompletionDataSettings(_GateSettings):
     that the reward models take."""
 
 
-class SelectedDataSettings(_GateSettings):
+class SelectedDataSettings(GateSettings):
     completions: Sources
     """Runs of `rlhf score`, or files with columns prompt, completion and score, or prompt, completions and scores; in
     the forms of a source of training data. Several of them are one pool."""
@@ -74,8 +75,11 @@ class SampleRecipe(Work):
     """What scores the completions; only read with best_of."""
     best_of: Annotated[int, Field(ge=2)] | None = None
     """Sample so many completions of each prompt and keep the one with the highest score."""
+    revise: ReviseSettings | None = None
+    """Have the model criticise each completion by a principle and write it anew; what comes last is the completion."""
     token_ids: bool = True
-    """Also write the tokens of prompt and completion, so that `rlhf score` reads exactly what was sampled."""
+    """Also write the tokens of prompt and completion, so that `rlhf score` reads exactly what was sampled (not of
+    revised completions, whose tokens follow another conversation)."""
 
     def data_read(self) -> list[SourceSettings]:
         return self.data.prompts
@@ -84,7 +88,8 @@ class SampleRecipe(Work):
         return [(self.model.name_or_path, self.model.revision)]
 
     def texts_read(self) -> list[str]:
-        return [] if self.model.chat_template is None else [self.model.chat_template]
+        texts = [self.model.chat_template, None if self.revise is None else self.revise.principles]
+        return [text for text in texts if text is not None]
 
     def rewards_read(self) -> list[RewardSettings]:
         return self.rewards
@@ -103,7 +108,7 @@ class SampleRecipe(Work):
                 yield "best_of needs rewards to choose by"
             if self.rollout.completions_per_prompt > 1:
                 yield "best_of keeps one completion of a prompt: leave rollout.completions_per_prompt out"
-        yield from _rewards(self.rewards)
+        yield from scored_once(self.rewards)
 
 
 class ScoreRecipe(Work):
@@ -144,7 +149,7 @@ class ScoreRecipe(Work):
             yield "model is only read with rewards: the judge has its own"
         if self.judge is not None and self.data.max_length is not None:
             yield "data.max_length is only read with rewards"
-        yield from _rewards(self.rewards)
+        yield from scored_once(self.rewards)
 
 
 class SelectRecipe(Work):
@@ -158,7 +163,7 @@ class SelectRecipe(Work):
         return self.data.completions
 
 
-def _rewards(rewards: list[RewardSettings]) -> Iterator[str]:
+def scored_once(rewards: list[RewardSettings]) -> Iterator[str]:
     """What does not go together in the rewards of completions that are scored once and not learned from."""
     for reward in rewards:
         if reward.normalize == "running":

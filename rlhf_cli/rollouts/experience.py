@@ -74,10 +74,10 @@ def draw(
     completions_per_prompt: int,
     sampling: Sampling,
     seed: int,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Drawn:
     """Sample completions of each prompt, as `generate.sample`."""
-    drawn = sample(policy, prompts, completions_per_prompt, stop_ids, sampling, seed, first)
+    drawn = sample(policy, prompts, completions_per_prompt, stop_ids, sampling, seed, numbers)
     rows = [(g, c) for g, group in enumerate(drawn) for c in group]
     rollout = Rollout(
         [tasks[g] for g, _ in rows],

@@ -31,20 +31,22 @@ def sample(
     stop_ids: Sequence[int],
     sampling: Sampling,
     seed: int,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Completed]]:
-    """`count` completions of each prompt, numbered from `first` on: what is drawn depends on seed and number.
+    """`count` completions of each prompt. What is drawn depends on the seed, the number of the prompt (its place unless
+    `numbers` says otherwise) and that of the completion.
 
     Raises ModelError when a single prompt does not fit the memory, or the engine returns another number of completions.
     """
     engine, stats, began = ENGINES[sampling.engine], sampling.stats, time.perf_counter()
+    of = range(len(prompts)) if numbers is None else numbers
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     out: list[list[Completed]] = [[] for _ in prompts]
     room, start, done = sampling.max_batch, 0, 0  # done: completions of the prompt at `start`
     while start < len(order):
         each = min(count - done, room)
         group = order[start : start + max(1, room // each)] if each == count else [order[start]]
-        rows = [first + i * count + done + k for i in group for k in range(each)]
+        rows = [of[i] * count + done + k for i in group for k in range(each)]
         try:
             completed = engine(policy, [prompts[i] for i in group], rows, each, stop_ids, sampling, seed)
         except torch.OutOfMemoryError as error:

@@ -56,10 +56,7 @@ class Referee:
 
     def principle(self, seed: int, number: int) -> str:
         """The principle that a match goes by; empty without any."""
-        if not self.principles:
-            return ""
-        drawn = np.random.Generator(np.random.Philox(key=[seed, number])).integers(len(self.principles))
-        return self.principles[int(drawn)]
+        return principle_of(self.principles, seed, number) if self.principles else ""
 
     def question(self, match: Match, *, swapped: bool) -> Sample:
         """The question about a match with both labels as its answers. Raises DataError when the template refuses it."""
@@ -96,7 +93,7 @@ def load_referee(settings: JudgeSettings, text: Text) -> Referee:
     template, labels that cannot be told apart."""
     principles: tuple[str, ...] = ()
     if settings.principles is not None:
-        principles = read_principles(settings.principles)
+        principles = read_principles(settings.principles, "judge.principles")
     if text.template.chat is None:
         raise ModelError("the judge has no chat template", settings.model.name_or_path,
                          "give judge.model.chat_template")  # fmt: skip
@@ -111,17 +108,22 @@ def load_referee(settings: JudgeSettings, text: Text) -> Referee:
     return Referee(settings, text, (first, second), principles)
 
 
-def read_principles(name: str) -> tuple[str, ...]:
-    """The lines of a constitution. Raises RecipeError."""
+def principle_of(principles: Sequence[str], seed: int, number: int) -> str:
+    """One of them, a function of seed and number."""
+    return principles[int(np.random.Generator(np.random.Philox(key=[seed, number])).integers(len(principles)))]
+
+
+def read_principles(name: str, key: str) -> tuple[str, ...]:
+    """The lines of a constitution. Raises RecipeError naming `key`."""
     try:
         lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"cannot be read: {reason}", f"judge.principles {name}", "a text file, a principle a line"
+        raise RecipeError(f"cannot be read: {reason}", f"{key} {name}", "a text file, a principle a line"
                           ) from error  # fmt: skip
     found = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not found:
-        raise RecipeError("holds no principle", f"judge.principles {name}", "write one a line")
+        raise RecipeError("holds no principle", f"{key} {name}", "write one a line")
     return found
 
 

@@ -3,7 +3,8 @@
 1. Render each prompt with the model's own template, as ppo does;
 2. piece by piece: sample completions with the engine of ppo, each drawn from uniforms that only depend on the seed and
    its number, so that neither batches nor interruptions change it;
-3. with best_of: score them, and keep the best one of each prompt.
+3. with best_of: score them, and keep the best one of each prompt;
+4. with revise: have the model criticise each by a principle, and write it anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from rlhf_cli.data.completions import plain_prompt
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Sample
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import load_frozen
 from rlhf_cli.models.device import micro_batch_range
@@ -23,6 +25,7 @@ from rlhf_cli.recipe.data_stages import SampleRecipe
 from rlhf_cli.rollouts.experience import draw
 from rlhf_cli.rollouts.generate import mixed
 from rlhf_cli.rollouts.loading import check_rewards, open_rewards
+from rlhf_cli.rollouts.referee import read_principles
 from rlhf_cli.rollouts.rewards import Reward, Rollout
 from rlhf_cli.rollouts.sampling import Sampling
 from rlhf_cli.runs.directory import Run
@@ -31,6 +34,7 @@ from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import product
 from rlhf_cli.stages.product import Piece
 from rlhf_cli.stages.prompts import read_prompts
+from rlhf_cli.stages.revising import Draft, Reviser
 from rlhf_cli.stages.scored import fields_of, judge
 from rlhf_cli.train.passes import Frozen
 
@@ -46,6 +50,11 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     sampling = Sampling.of(recipe.rollout, text.template)
     checked = check_rewards(recipe.rewards, recipe.model, text, data.tasks_train, recipe.data.max_length)
     each = recipe.best_of or recipe.rollout.completions_per_prompt
+    if recipe.revise is not None:
+        read_principles(recipe.revise.principles, "revise.principles")
+        if text.template.chat is None:
+            raise ModelError("revise needs a chat template, and the tokenizer has none", recipe.model.name_or_path,
+                             "give model.chat_template")  # fmt: skip
     if options.dry_run:
         display.note(f"dry run: {each} completions of each of {len(data.train)} prompts")
         return
@@ -53,7 +62,10 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     display.note(f"model: {text.path.name}, {str(policy.base.dtype)[6:]}, on {policy.base.device}")
     asked = Frozen(display, micro_batch_range(policy.base.device).usual)
     rewards = open_rewards(checked, recipe.model, policy.base, text)
-    writer = Writer(recipe, policy, text, sampling, each, rewards, asked)
+    reviser = None
+    if recipe.revise is not None:
+        reviser = Reviser(recipe.revise, policy, text, sampling, recipe.seed)
+    writer = Writer(recipe, policy, text, sampling, each, rewards, asked, reviser)
     by = {"base": {"name": policy.base.source, "fingerprint": policy.base.fingerprint}, "role": "data",
           "template": text.template.digest, "model": text.path.name}  # fmt: skip
     product.begin(run, display, by, data.report, data.bad)
@@ -73,8 +85,9 @@ class Writer:
 
     def __init__(
         self, recipe: SampleRecipe, policy: Role, text: Text, sampling: Sampling, each: int, rewards: list[Reward],
-        asked: Frozen,
+        asked: Frozen, reviser: Reviser | None = None,
     ) -> None:  # fmt: skip
+        self.reviser = reviser
         self.recipe, self.policy, self.template, self.each = recipe, policy, text.template, each
         self.sampling, self.rewards, self.asked = sampling, rewards, asked
         settings = recipe.rollout.model_dump(exclude={"max_batch", "completions_per_prompt"}, exclude_defaults=True)
@@ -88,14 +101,19 @@ class Writer:
         """All completions of some prompts; first: the number of the first of these."""
         prompts = [sample.prompt for sample in samples]
         seed = mixed(self.recipe.seed, 0)
+        numbers = range(first, first + len(prompts))
         rollout = draw(self.policy, tasks, prompts, self.template, self.template.stop_ids, self.each, self.sampling,
-                       seed, first * self.each).rollout  # fmt: skip
+                       seed, numbers).rollout  # fmt: skip
         rows = [self._row(rollout, n) for n in range(len(rollout.completions))]
         tokens = sum(len(sample.completions[0].ids) for sample in rollout.samples)
         figures: dict[str, float] = {"completions": len(rows), "tokens": tokens, "finished": sum(rollout.finished)}
         if self.recipe.best_of is not None:
             rows, more = self._best(rollout, rows)
             figures |= more
+        if self.reviser is not None:
+            drafts = self.reviser(rollout, first * self.each)
+            rows = [row | revised(draft, row) for row, draft in zip(rows, drafts, strict=True)]
+            figures["revised"] = sum(bool(draft.critiques) for draft in drafts)
         return Piece(rows, {name: float(value) for name, value in figures.items()})
 
     def _row(self, rollout: Rollout, n: int) -> dict[str, Any]:
@@ -104,7 +122,7 @@ class Writer:
         return {
             "prompt": plain_prompt(task.prompt), "completion": rollout.completions[n], "index": n % self.each,
             "finished": bool(rollout.finished[n]), "row": task.facts, "where": task.where, "by": self.by,
-            **(ids if self.recipe.token_ids else {}),
+            **(ids if self.recipe.token_ids and self.reviser is None else {}),
         }  # fmt: skip
 
     def _best(self, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -120,6 +138,14 @@ class Writer:
         return best, figures
 
 
+def revised(draft: Draft, row: dict[str, Any]) -> dict[str, Any]:
+    """What a revision changes in a row: the first text stays beside it."""
+    return {
+        "completion": draft.text, "finished": draft.finished, "draft": row["completion"],
+        "critiques": draft.critiques, "principles": draft.principles,
+    }  # fmt: skip
+
+
 def summary(prompts: int, sums: dict[str, float], best: bool) -> dict[str, Any]:
     """The figures of the run."""
     count = max(sums.get("completions", 0.0), 1.0)
@@ -128,6 +154,8 @@ def summary(prompts: int, sums: dict[str, float], best: bool) -> dict[str, Any]:
         "prompts": prompts, "completions": int(sums.get("completions", 0)), "tokens": int(sums.get("tokens", 0)),
         "mean_length": sums.get("tokens", 0.0) / count, "eos_rate": sums.get("finished", 0.0) / count,
     }  # fmt: skip
+    if "revised" in sums:
+        found["revised"] = int(sums["revised"])
     if sums.get("scored"):
         found |= {"mean_score": sums["score"] / sums["scored"], "mean_best": sums["best"] / max(sums["kept"], 1.0)}
     return found

@@ -202,6 +202,32 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     assert told(tmp_path / "run") == told(sampled)
 
 
+def test_completions_are_revised_by_principles(
+    sampled: Path, base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.txt").write_text("# by these\ngood\nsweet\n")
+    revise = {
+        "principles": str(tmp_path / "c.txt"),
+        "critique": "{principle}?",
+        "revision": "{principle}!",
+        "rounds": 2,
+    }
+    go(sampling(base, world, tmp_path / "r", revise=revise))
+    rows, plain = made(tmp_path / "r"), made(sampled)
+    assert [r["draft"] for r in rows] == [p["completion"] for p in plain]
+    assert all(len(r["critiques"]) == 2 and "completion_ids" not in r for r in rows)
+    assert {p for r in rows for p in r["principles"]} == {"good", "sweet"}
+    assert sum(r["completion"] != r["draft"] for r in rows) > 30
+    assert told(tmp_path / "r")["revised"] == 60
+    monkeypatch.setattr(sample, "AT_ONCE", 7)
+    go(sampling(base, world, tmp_path / "again", revise=revise))
+    assert made(tmp_path / "again") == rows
+    go(sampling(base, world, tmp_path / "long", revise=revise | {"critique": "{principle} " + "why " * 25}))
+    rows = made(tmp_path / "long")
+    assert [r["completion"] for r in rows] == [p["completion"] for p in plain], "the context holds no such question"
+    assert told(tmp_path / "long")["revised"] == 0
+
+
 # --- score -----------------------------------------------------------------------------------------------
 
 
@@ -255,6 +281,60 @@ def test_what_cannot_be_scored_is_null_and_is_not_selected(base: Path, sampled: 
     assert told(tmp_path / "c")["scored"] == 40
     go(selecting(tmp_path / "c", tmp_path / "p", "pairs"))
     assert told(tmp_path / "p")["left_out"]["no score"] == 20
+
+
+def judging(model: Path, source: Path, out: Path, **more: Any) -> dict[str, Any]:
+    judge = {"model": {"name_or_path": str(model), **MODEL}, "question": "{a} or {b}?", **more}
+    return {"stage": "score", "data": {"completions": str(source)}, "judge": judge, "output_dir": str(out)}
+
+
+def test_a_judge_compares_the_completions_of_a_prompt(
+    base: Path, sampled: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = go(judging(base, sampled, tmp_path / "j"))
+    rows, facts = made(tmp_path / "j"), told(tmp_path / "j")
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row["prompt"]), []).append(row["score"])
+    assert all(np.mean(scores) == pytest.approx(0.5) for scores in groups.values()), "what one wins another loses"
+    assert len({row["score"] for row in rows}) > 20
+    pairs = w.lines(tmp_path / "j" / "comparisons.jsonl")
+    assert facts["matches"] == sum(len(g) * (len(g) - 1) // 2 for g in groups.values()) >= len(pairs) > 30
+    assert all(0.5 <= pair["target"] <= 1 for pair in pairs)
+    assert all(p["target"] == pytest.approx((p["asked_first"] + p["asked_second"]) / 2) for p in pairs)
+    assert facts["position_bias"] == pytest.approx(facts["first_place"] - 0.5)
+    assert f"{facts['matches']} matches of 60 completions, no principles" in outcome.err
+    content = w.recipe("train-rm", base, world, "pairs", tmp_path / "rm", lora=w.LORA, training={"max_steps": 1})
+    content["data"] |= {"train": str(tmp_path / "j" / "comparisons.jsonl"), "eval": None, "on_bad_row": "drop"}
+    go(content)
+    monkeypatch.setattr("rlhf_cli.stages.judged.AT_ONCE", 5)
+    go(judging(base, sampled, tmp_path / "k"))
+    assert [r["score"] for r in made(tmp_path / "k")] == pytest.approx([r["score"] for r in rows], abs=1e-6)
+
+
+def test_wrong_judges_are_named(
+    base: Path, sampled: Path, rm: Path, world: Path, tmp_path: Path, true: dict[str, Any]
+) -> None:
+    alone = w.write_rows(tmp_path / "alone.jsonl", [{"prompt": f"p {n}", "completion": "c"} for n in range(3)])
+    right = judging(base, sampled, tmp_path / "x")
+    for content, code, message in (
+        (judging(base, alone, tmp_path / "x"), 3, "no prompt has two completions to compare"),
+        (judging(rm, sampled, tmp_path / "x"), 4, "this is a reward model"),
+        (judging(base, sampled, tmp_path / "x", labels=["A", "AB"]), 2, "cannot tell 'A' from 'AB' at their start"),
+        (judging(base, sampled, tmp_path / "x", question="{a}?"), 2, "question does not hold {b}"),
+        (
+            judging(base, sampled, tmp_path / "x", question="why " * 40 + "{a} {b}"),
+            2,
+            "of a model with a context of 128",
+        ),
+        (right | {"rewards": [true]}, 2, "give rewards or a judge, one of them"),
+        (right | {"model": str(base)}, 2, "the judge has its own"),
+        ({k: v for k, v in right.items() if k != "judge"}, 2, "give rewards or a judge, one of them"),
+    ):
+        outcome = go(content, code=code)
+        assert len(outcome.errors) == 1
+        assert message in outcome.err, outcome.err
+        assert not (tmp_path / "x").exists(), message
 
 
 # --- select, and what comes after ------------------------------------------------------------------------
@@ -348,6 +428,8 @@ def test_wrong_runs_are_named(
         (first | {"rewards": [true]}, 2, "rewards are only read with best_of"),
         (first | {"best_of": 4, "rewards": [true]}, 2, "leave rollout.completions_per_prompt out"),
         (first | {"rollout": {"max_new_tokens": 64}}, 2, "leaves no room for a prompt"),
+        (first | {"revise": {"principles": "none.txt"}}, 2, "revise.principles none.txt: cannot be read"),
+        (first | {"revise": {"principles": "c", "critique": "x", "revision": "y"}}, 2, "do not hold {principle}"),
         (first | {"training": {}}, 2, "unknown key"),
     ):  # fmt: skip
         outcome = go(content, code=code)
