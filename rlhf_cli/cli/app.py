@@ -297,11 +297,63 @@ def init(
     """Write a starter project: recipes, example data, a Makefile."""
     from rlhf_cli.cli.init import MODEL, start
 
-    if quantization not in ("none", "nf4", "int8"):
-        raise RecipeError(f"'{quantization}' is not one of none, nf4, int8", "--quantization")
+    _one_of("--quantization", quantization, ("none", "nf4", "int8"))
     for path in start(folder, model or MODEL, quantization):
         say(str(path))
     say(f"next: cd {shlex.quote(folder)}, put your data into data/, then `make check` and `make`")
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A LoRA run, or a folder with an adapter.")],
+    output_dir: Annotated[str, typer.Option("--output-dir", "-o", metavar="DIR", help="A new folder.")],
+    weights: Annotated[
+        str, typer.Option(metavar="original|trained", help="Into which weights, where the base was quantised.")
+    ] = "original",
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the merged weights.")
+    ] = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Work a run's adapter into its base: a full model that opens without peft."""
+    _one_of("--weights", weights, ("original", "trained"))
+    _one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    from rlhf_cli.cli.view import make_display
+    from rlhf_cli.stages.merge import run as work
+
+    tools.watch_garbage()
+    work(run, output_dir, weights, dtype, make_display(quiet, False))  # type: ignore[arg-type]
+
+
+@app.command()
+def chat(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One model to talk to, or several side by side.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Sample from the likeliest tokens only.")] = 1.0,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides what is drawn.")] = 0,
+    quantization: Annotated[
+        str, typer.Option(metavar="auto|none|nf4|int8", help="Of the base weights; auto: as the run was trained.")
+    ] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk to a run; a line a turn."""
+    _one_of("--quantization", quantization, ("auto", "none", "nf4", "int8"))
+    from rlhf_cli.rollouts.sampling import Sampling
+    from rlhf_cli.stages.chat import run as talk
+
+    tools.watch_garbage()
+    sampling = Sampling(
+        max_new_tokens, temperature or 1.0, greedy=temperature == 0, top_p=None if top_p == 1 else top_p
+    )
+    talk(runs, sampling, system, seed, None if quantization == "auto" else quantization)  # type: ignore[arg-type]
+
+
+def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise RecipeError(f"'{given}' is not one of {', '.join(known)}", option)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from rlhf_cli.models.gate import check_vocabulary
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.model_path import Kept
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.recipe.settings.model import ModelSettings
+from rlhf_cli.recipe.settings.model import ModelSettings, Quantization
 from rlhf_cli.runs.display import Display
 
 PLAIN_OPTIMIZERS = ("adamw", "adafactor", "sgd")
@@ -214,6 +214,12 @@ def load_frozen(settings: ModelSettings, text: Text) -> Role:
     role = frozen_role("policy", settings, text, None)
     check_logits(role.base)
     return role
+
+
+def quantization_of(text: Text) -> Quantization:
+    """How the base was quantised when the adapter was trained, as its run says; none when nobody says."""
+    recipe = (text.path.run or {}).get("recipe") or {}
+    return cast("Quantization", (recipe.get("model") or {}).get("quantization", "none"))
 
 
 def kind_of(text: Text) -> Kept:

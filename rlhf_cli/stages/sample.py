@@ -18,7 +18,7 @@ from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, check_length, load_text
-from rlhf_cli.models.build import load_frozen
+from rlhf_cli.models.build import load_frozen, quantization_of
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.data_stages import SampleRecipe
@@ -59,6 +59,12 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
         display.note(f"dry run: {each} completions of each of {len(data.train)} prompts")
         return
     policy = load_frozen(recipe.model, text)
+    known = quantization_of(text)
+    if known != recipe.model.quantization:
+        display.warn(
+            f"model: {text.path.name} was trained on {known} weights and is read on {recipe.model.quantization} ones, "
+            f"so it writes a little otherwise (model.quantization: {known} reads it as it was trained)"
+        )
     display.note(f"model: {text.path.name}, {str(policy.base.dtype)[6:]}, on {policy.base.device}")
     asked = Frozen(display, micro_batch_range(policy.base.device).usual)
     rewards = open_rewards(checked, recipe.model, policy.base, text)
