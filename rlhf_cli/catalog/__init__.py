@@ -12,6 +12,7 @@ from typing import TypeVar
 from rlhf_cli.catalog import policy, preference, reward, rules, selections
 from rlhf_cli.catalog.entries import (
     NEEDS,
+    AboveOne,
     Controller,
     Data,
     Entry,
@@ -31,8 +32,8 @@ from rlhf_cli.catalog.selections import Selection
 from rlhf_cli.errors import RecipeError, did_you_mean
 
 __all__ = [
-    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "REWARDS", "SELECTIONS", "STAGES", "Controller", "Data",
-    "Entry", "Estimator", "Finite", "Head", "Need", "NonNegative", "Objective", "Positive", "Rule", "Selection",
+    "CONTROLLERS", "ESTIMATORS", "NEEDS", "OBJECTIVES", "REWARDS", "SELECTIONS", "STAGES", "AboveOne", "Controller",
+    "Data", "Entry", "Estimator", "Finite", "Head", "Need", "NonNegative", "Objective", "Positive", "Rule", "Selection",
     "Settings", "Share", "Stage", "look_up", "objectives_of",
 ]  # fmt: skip
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlhf_cli.catalog.entries import Controller, Estimator, NonNegative, Positive, Settings, Share
 
@@ -16,7 +16,7 @@ class GAE(Settings):
     """The paper's lambda: 0 trusts the critic, 1 the observed rewards."""
     lam_critic: Share | None = None
     """Another lambda for the critic's targets (1 is usual); null: the same."""
-    length_adaptive: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    length_adaptive: Positive | None = None
     """Instead of `lam`, 1 - 1 / (alpha L) for a completion of L tokens, never below 0; alpha 0.05 in the paper; null:
     off."""
 

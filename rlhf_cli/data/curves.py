@@ -39,8 +39,8 @@ def kl_bound(n: int) -> float:
 def mean_curve(groups: Sequence[Sequence[float]]) -> list[dict[str, float | None]]:
     """The curve over prompts: n, the mean of the best of n, its standard error over prompts, the bound on the KL.
 
-    It goes as far as the usual number of scores of a prompt. Prompts with fewer are left out, so that every n is over the
-    same ones.
+    It goes as far as the usual number of scores of a prompt. Prompts with fewer are left out, so that every n is over
+    the same ones.
     """
     counts = Counter(len(group) for group in groups)
     most = max(counts, key=lambda count: (counts[count], count), default=0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from rlhf_cli.data.widths import widest
 from rlhf_cli.errors import DataError, ModelError
 
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class Encoder:
     """Spelling and id of the tokens that text must never turn into: the special ones."""
     first: tuple[int, ...]
     """What the tokenizer puts before a text: mostly one BOS, or nothing."""
+    widest: int | None = None
+    """Characters that a token can stand for, at most; None: not known."""
 
     def inside(self, text: str) -> list[int]:
         """Ids of a piece of text that comes after other text. Spelled-out added tokens are recognised."""
@@ -69,8 +72,9 @@ class Encoder:
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
 
-    def together(self, askings: Sequence[Asking[T]]) -> list[T | DataError]:
-        """What comes out of each, or what it raises. Their questions are answered together, none of them twice."""
+    def together(self, askings: Sequence[Asking[T]], most: int | None = None) -> list[T | DataError]:
+        """What comes out of each, or what it raises. Their questions are answered together, none of them twice. A text
+        that must have more than `most` tokens may be answered with any ids, more than `most` too."""
         out: dict[int, T | DataError] = {}
         known: dict[Request, list[int]] = {}
         asked: dict[int, Request | None] = dict.fromkeys(range(len(askings)))
@@ -86,7 +90,7 @@ class Encoder:
                 if i in out:
                     asked.pop(i)
             new = list(dict.fromkeys(request for request in asked.values() if request is not None))
-            known |= zip(new, self._run(new), strict=True)
+            known |= zip(new, self._run(new, most), strict=True)
         return [out[i] for i in range(len(askings))]
 
     def ask(self, text: str, before: Sequence[int], literal: bool = False) -> Asking[list[int]]:
@@ -128,13 +132,21 @@ class Encoder:
     def _first_added(self, ids: list[int]) -> int:
         return next((i for i, token in enumerate(ids) if token in self.added), len(ids))
 
-    def _run(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _endless(self, request: Request, most: int | None) -> list[int] | None:
+        """Stands for the ids of a text that must have more than `most`, which would take a hundred times its memory.
+        Tokens that are looked for are among them."""
+        if most is None or self.widest is None or len(request.text) <= most * self.widest:
+            return None
+        spelled = [] if request.literal else [token for word, token in self.control.items() if word in request.text]
+        return [*self.whole.encode("a", add_special_tokens=False).ids[-1:] * (most + 1), *spelled]
+
+    def _run(self, requests: Sequence[Request], most: int | None = None) -> list[list[int]]:
         """The answers, in the threads that the tokenizer may use."""
-        out: dict[int, list[int]] = {}
+        out = {i: ids for i, r in enumerate(requests) if (ids := self._endless(r, most)) is not None}
         for rest, literal in dict.fromkeys((request.rest, request.literal) for request in requests):
             backend = self.rest if rest else self.whole
             backend.encode_special_tokens = literal
-            alike = ((i, r) for i, r in enumerate(requests) if (r.rest, r.literal) == (rest, literal))
+            alike = ((i, r) for i, r in enumerate(requests) if i not in out and (r.rest, r.literal) == (rest, literal))
             for piece in _pieces(alike):
                 found = backend.encode_batch_fast([request.text for _, request in piece], add_special_tokens=False)
                 out |= {number: encoding.ids for (number, _), encoding in zip(piece, found, strict=True)}
@@ -186,6 +198,7 @@ def load_encoder(tokenizer: Any, end_texts: Sequence[str] = ()) -> tuple[Encoder
         added=frozenset(t["id"] for t in state["added_tokens"]),
         control=control,
         first=_put_first(whole),
+        widest=widest(state),
     ), digest.hexdigest()
 
 

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhf_cli.catalog import OBJECTIVES, SELECTIONS, Data, Need
-from rlhf_cli.data import formats, sources
 from rlhf_cli.data.completions import read_completions
-from rlhf_cli.data.examples import Example, Task, digest
+from rlhf_cli.data.examples import Example, Task
+from rlhf_cli.data.gathering import read_source
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.lints import contradictions
 from rlhf_cli.data.quarantine import BadRows, bad_rows, refuse
-from rlhf_cli.data.reading import Finished, Format, Wanted
-from rlhf_cli.data.report import DataReport, Lint, SourceReport, joined_words, shared_prompts, tally, token_report
-from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.reading import Wanted
+from rlhf_cli.data.report import DataReport, Lint, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.shelf import Shelf
 from rlhf_cli.data.split import How, Split, make_split
-from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.data.template import Template
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
+from rlhf_cli.recipe.evaluation import EvalRecipe
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
 from rlhf_cli.recipe.work import Work
 
 OnBadRow = Literal["error", "drop"]
-READ_FOR: dict[str, Need] = {
-    "margin": "target", "target": "target", "chosen_safe": "safety", "rejected_safe": "safety",
-    "chosen_score": "scores", "score_chosen": "scores", "rejected_score": "scores", "score_rejected": "scores",
-}  # fmt: skip
-"""What an objective must need for a column of pairs to be read."""
-LOOKED_AT = 16
-"""How many rows decide the format of a source."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +78,11 @@ def load_examples(
     An example without what `wanted` asks for is a bad row. Raises DataError for what cannot be read, for bad rows
     unless they are to be dropped (and are not too many), and when a source has no usable row.
     """
-    read = [_read(one, kind, wanted, split) for one in settings]
+    read = [read_source(one, kind, wanted, split) for one in settings]
     refuse([one.bad for one in read], 0 if on_bad_row == "error" else max_bad_rows)
     for one in read:
         if not one.items:
-            raise DataError(_nothing(one), one.report.path)
+            raise DataError(one.nothing(), one.report.path)
     items = [item for one in read for item in one.items]
     source = np.repeat(np.arange(len(read), dtype=np.int32), [len(one.items) for one in read])
     return (
@@ -115,8 +106,8 @@ def prepare(
 ) -> Prepared:
     """Train and eval data as samples. `max_length` stands for `data.max_length` (for tasks: the longest prompt).
 
-    `needs`: those of the objective; shelf: where samples may be found. Raises DataError as `load_examples` does, and
-    when no sample of a split is left after truncation.
+    `needs`: those of the objective; shelf: where samples may be found. What the chat template refuses is a bad row.
+    Raises DataError as `load_examples` does, and when no sample of a split is left after truncation.
     """
     limit = data.max_length if max_length is None else max_length
     loaded = _load(data, kind, needs)
@@ -124,16 +115,16 @@ def prepare(
     how = How(limit, data.truncation, isinstance(data, SFTDataSettings) and data.train_on_prompt)
     splits = {
         split: make_split(
-            examples.items, examples.source, [(s.digest, s.examples) for s in report.sources], how, template, shelf
+            examples.items, examples.source, [(s.digest, s.examples) for s in report.sources], how, template, shelf,
+            strict=data.on_bad_row == "error",
         )
         for split, (examples, report) in loaded.items()
-    }
+    }  # fmt: skip
     for split, done in splits.items():
+        loaded[split] = _with_refused(*loaded[split], done)
+        refuse(loaded[split][0].bad, 0 if data.on_bad_row == "error" else data.max_bad_rows)
         if not len(done.made.samples):
-            reasons = "; ".join(str(r) for r in tally(done.cut()))
-            raise DataError(
-                f"no {split} example is left: {reasons}", f"data.max_length {limit}", "raise data.max_length"
-            )
+            raise _nothing_left(split, done, limit)
     train, held_out = splits["train"], splits.get("eval")
     return Prepared(
         train=train.made.samples,
@@ -148,6 +139,13 @@ def prepare(
     )
 
 
+EVALUATED: dict[str, Data] = {
+    "pairs": "comparison", "rankings": "ranking", "scored": "rated", "steps": "steps",
+    "demonstrations": "demonstration", "prompts": "task",
+}  # fmt: skip
+"""The kind of example under each key of `data` of an evaluation."""
+
+
 def check_data(recipe: Work) -> list[str]:
     """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as the commands do."""
     if isinstance(recipe, SampleRecipe):
@@ -158,6 +156,12 @@ def check_data(recipe: Work) -> list[str]:
         scored = isinstance(recipe, SelectRecipe) and SELECTIONS[recipe.selection.name].scored
         gate = recipe.data
         return read_completions(gate.completions, gate.on_bad_row, gate.max_bad_rows, scored=scored).report.lines()
+    if isinstance(recipe, EvalRecipe):
+        judged, given = recipe.data, recipe.data.given()
+        wanted = {key: Wanted(**recipe.cut()) if key == "steps" else Wanted() for key in given}
+        read = [load_examples(sources, EVALUATED[key], judged.on_bad_row, wanted[key], key, judged.max_bad_rows)
+                for key, sources in given.items()]  # fmt: skip
+        return [line for _, report in read for line in report.lines()]
     assert isinstance(recipe, Recipe)
     loaded = _load(recipe.data, *data_needs(recipe))
     shared = [loaded["eval"][0].items[i].where for i in _both(loaded)]
@@ -191,79 +195,19 @@ def _load(data: DataSettings, kind: Data, needs: tuple[Need, ...]) -> dict[str, 
     }
 
 
-# --- one source ------------------------------------------------------------------------------------------
+def _nothing_left(split: str, done: Split, limit: int) -> DataError:
+    reasons = "; ".join(str(r) for r in tally(done.cut() + done.refused()))
+    where, hint = f"data.max_length {limit}", "raise data.max_length"
+    if not done.made.dropped:
+        where, hint = "", "give another model.chat_template"
+    return DataError(f"no {split} example is left: {reasons}", where, hint)
 
 
-@dataclass(frozen=True)
-class _Read:
-    items: list[Example]
-    bad: BadRows
-    report: SourceReport
-    warnings: tuple[str, ...]
-
-
-def _read(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> _Read:
-    rows = sources.read(settings)
-    head = list(itertools.islice(rows, LOOKED_AT))
-    if not head:
-        raise DataError("holds no rows", settings.path)
-    columns = list(dict.fromkeys(c for _, row in head for c in row))
-    sources.check_columns(settings, columns, [row for _, row in head])
-    chosen = (
-        formats.detect(columns, kind, settings.path)
-        if settings.format == "auto"
-        else formats.named(settings.format, kind, settings.path)
-    )
-    names = dict.fromkeys(columns + sources.keys_of_messages(columns, [row for _, row in head]))
-    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind, names)
-    done = chosen.finish[kind](items, wanted) if kind in chosen.finish else Finished(items, [])
-    items, unfit, unused = suited(done.items, wanted)
-    bad += unfit
-    report = SourceReport(
-        split=split,
-        path=settings.path,
-        format=chosen.name,
-        detected=settings.format == "auto",
-        rows=count,
-        examples=len(items),
-        kept=len(items),
-        weight=settings.weight,
-        unused=() if kind == "task" else tuple(c for c in names if not _used(c, chosen, wanted)),
-        digest=digest(items),
-        dropped=tally(bad + done.dropped + unused),
-    )
-    warnings = (*done.warnings, *nothing_to_learn(items))
-    return _Read(
-        items, bad_rows(settings, bad, count), report, tuple(f"{split} {settings.path}: {w}" for w in warnings)
-    )
-
-
-def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
-    need = READ_FOR.get(column)
-    return column in chosen.reads and (need is None or need in wanted.needs)
-
-
-def _examples(
-    rows: Iterator[sources.Located], chosen: Format, kind: Data, names: dict[str, None]
-) -> tuple[list[Any], list[Dropped], int]:
-    """What the format's reader gives, the rows it refuses, and the number of rows; `names` learns their columns."""
-    items: list[Any] = []
-    bad: list[Dropped] = []
-    count, read = 0, chosen.gives[kind]
-    for where, row in rows:
-        count += 1
-        if not names.keys() >= row.keys():
-            names |= dict.fromkeys(row)
-        try:
-            items += read(row, where)
-        except BadRow as error:
-            bad.append(Dropped(str(error), where))
-    return items, bad, count
-
-
-def _nothing(one: _Read) -> str:
-    reasons = "; ".join(str(r) for r in one.report.dropped)
-    return f"none of its {one.report.rows} rows can be used: {reasons}"
+def _with_refused(examples: Examples, report: DataReport, done: Split) -> tuple[Examples, DataReport]:
+    """The same with the rows that the chat template refuses among the bad ones."""
+    more = (bad_rows(one.source, done.refused(i), one.rows) for i, one in enumerate(examples.bad))
+    bad = tuple(replace(o, reasons=o.reasons | m.reasons | o.reasons) for o, m in zip(examples.bad, more, strict=True))
+    return replace(examples, bad=bad), replace(report, bad_rows=sum(len(one.reasons) for one in bad))
 
 
 # --- the report ------------------------------------------------------------------------------------------
@@ -279,7 +223,7 @@ def _report(
     for split, (_, report) in loaded.items():
         counted = []
         for index, one in enumerate(report.sources):
-            cut = splits[split].cut(index)
+            cut = splits[split].cut(index) + splits[split].refused(index)
             counted.append(replace(one, kept=one.kept - len(cut), dropped=one.dropped + tally(cut)))
         tokens = token_report(split, splits[split].made, template.stop_ids)
         odd = tuple(Lint(split, reason) for reason in tally(splits[split].lints))

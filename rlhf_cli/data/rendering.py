@@ -115,3 +115,9 @@ def given(chat_template: str) -> str:
         return path.read_text(encoding="utf-8")
     near = did_you_mean(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
     raise RecipeError(f"no such file: {chat_template}", "model.chat_template", near or "give a file or Jinja text")
+
+
+def own(tokenizer: Any) -> str | None:
+    """The tokenizer's template; the one called default when it has several."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from rlhf_cli.data.column import Column
 from rlhf_cli.data.tokens import Completion, Sample
 
 LAYOUT: Mapping[str, tuple[str, tuple[int | None, ...]]] = {
@@ -130,7 +131,7 @@ class Pile:
     """Samples of one kind as they come, put into arrays that grow."""
 
     def __init__(self) -> None:
-        self._ids, self._scored = array("i"), bytearray()
+        self._ids, self._scored = Column(np.int32), Column(np.bool_)
         self._ends, self._first = array("q"), array("q", [0])
         self._columns: dict[str, tuple[array[float], bytearray]] = {}
         self._gold, self._labels, self._label_ends = array("d"), array("f"), array("q")
@@ -153,8 +154,8 @@ class Pile:
         self._first.append(len(self._ends))
 
     def _put(self, ids: np.ndarray, scored: bytes) -> None:
-        self._ids.frombytes(ids.tobytes())
-        self._scored += scored
+        self._ids.extend(ids.tobytes())
+        self._scored.extend(scored)
         self._ends.append(len(self._ids))
 
     def _fill(self, values: array[float], given: bytearray) -> None:
@@ -174,8 +175,8 @@ class Pile:
         given = [_array(there, np.bool_) for _, there in self._columns.values()]
         everywhere = all(there.all() for there in given)
         arrays = {
-            "ids": _array(self._ids, np.int32),
-            "scored": _array(self._scored, np.bool_),
+            "ids": self._ids.array(),
+            "scored": self._scored.array(),
             "ends": _array(self._ends, np.int64),
             "first": _array(self._first, np.int64),
             "numbers": np.stack(numbers, axis=1) if k else np.zeros((n, 0)),

@@ -243,7 +243,7 @@ def games(groups: Sequence[Group], *, between: str, tie: float, samples: int) ->
         if not met:
             out.leave_out(group, NO_RIVAL if between == "models" else ALONE)
     if any(played):
-        out.figures = {"ratings": _ratings(models, played, samples)}
+        out.figures = {"ratings": ratings(models, played, samples)}
     return out
 
 
@@ -257,7 +257,7 @@ RIDGE = 1e-3
 """Pull of the ratings to their mean; without it a model that never loses has none."""
 
 
-def _ratings(
+def ratings(
     models: Sequence[str], played: Sequence[Sequence[tuple[int, int, float]]], samples: int
 ) -> list[dict[str, Any]]:
     """Each model with its rating and its 95 % interval, the highest first. played: the games of each prompt."""

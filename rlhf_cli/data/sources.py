@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+from rlhf_cli.data.arrays import TwiceError, once, placed, short, unreadable
 from rlhf_cli.errors import DataError, did_you_mean
 from rlhf_cli.recipe.data_path import product_of
 from rlhf_cli.recipe.settings.data import SourceSettings
 
 Located: TypeAlias = tuple[str, dict[str, Any]]
-"""`file:line` (or `file:row N`, counted from 1) and the row."""
+"""`file:line` and the row; `file:row N`, counted from 1, where there are no lines or several rows in one."""
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -188,26 +189,12 @@ def _txt(path: Path) -> Iterator[Located]:
 def _jsonl(path: Path) -> Iterator[Located]:
     for where, line in _lines(path):
         try:
-            value = json.loads(line, object_pairs_hook=_once)
-        except TwiceError as twice:
-            raise DataError(f"the key '{twice}' is given twice", where, "keep one of them") from None
+            value = json.loads(line, object_pairs_hook=once)
         except json.JSONDecodeError as error:
             raise DataError(f"not JSON: {error.msg} at column {error.colno}", where, _json_hint(path, line)) from None
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"not readable JSON: {_short(error)}", where) from None
+        except (TwiceError, RecursionError, ValueError) as error:
+            raise unreadable(error, where) from None
         yield where, _object(value, where)
-
-
-class TwiceError(Exception):
-    """An object has a key twice, of which one would be lost."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise TwiceError(next(name for name in names if names.count(name) > 1)[:60])
-    return found
 
 
 def _json_hint(path: Path, line: str) -> str:
@@ -228,25 +215,8 @@ def _json(path: Path) -> Iterator[Located]:
     if first != b"[":
         yield from _jsonl(path)
         return
-    try:
-        values = json.loads(_text(data, str(path)), object_pairs_hook=_once)
-    except TwiceError as twice:
-        raise DataError(f"a row has the key '{twice}' twice", str(path), "keep one of them") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", f"{path}:{error.lineno}:{error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"not readable JSON: {_short(error)}", str(path)) from None
-    for count, value in enumerate(values, start=1):
-        where = f"{path}:row {count}"
+    for where, value in placed(_text(data, str(path)), str(path)):
         yield where, _object(value, where)
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if "integer string conversion" in str(error):
-        return "a number with thousands of digits"
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -265,7 +235,7 @@ def _parquet(path: Path) -> Iterator[Located]:
             for count, row in enumerate(itertools.chain.from_iterable(batches), start=1):
                 yield f"{path}:row {count}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"not a readable Parquet file: {_short(error)}", str(path)) from None
+        raise DataError(f"not a readable Parquet file: {short(error)}", str(path)) from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
@@ -287,7 +257,7 @@ def _hub(source: SourceSettings) -> Iterator[Located]:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:
         raise DataError(
-            f"neither a file here nor a hub data set that can be loaded: {_short(error)}",
+            f"neither a file here nor a hub data set that can be loaded: {short(error)}",
             source.path,
             "check the name, data.*.name and data.*.split, and the network",
         ) from None

@@ -50,11 +50,14 @@ class Split:
 
     def cut(self, source: int | None = None) -> list[Dropped]:
         """What tokenising left out, of one source or of all."""
-        return [
-            Dropped(reason, self.places[i])
-            for i, reason in self.made.dropped
-            if source is None or self.source[i] == source
-        ]
+        return self._named(self.made.dropped, source)
+
+    def refused(self, source: int | None = None) -> list[Dropped]:
+        """What the chat template refuses, likewise."""
+        return self._named(self.made.refused, source)
+
+    def _named(self, left: list[tuple[int, str]], source: int | None) -> list[Dropped]:
+        return [Dropped(reason, self.places[i]) for i, reason in left if source is None or self.source[i] == source]
 
 
 def make_split(
@@ -64,10 +67,13 @@ def make_split(
     how: How,
     template: Template,
     shelf: Shelf | None,
+    *,
+    strict: bool = True,
 ) -> Split:
     """The samples of some examples; the list of these is empty afterwards, so that they need not stay in memory.
 
-    source (examples,): the source of each; content: digest and number of the examples of each source.
+    source (examples,): the source of each; content: digest and number of the examples of each source; strict: as
+    `tokenize`.
     """
     places, tasks = Places(item.where for item in items), [item for item in items if isinstance(item, Task)]
     about = {"examples": [list(one) for one in content], "template": template.digest, **asdict(how)}
@@ -79,7 +85,9 @@ def make_split(
         made = unpack(*found, places)
         items.clear()
     else:
-        made = tokenize(_handed_over(items), template, how.max_length, how.truncation, how.train_on_prompt)
+        made = tokenize(
+            _handed_over(items), template, how.max_length, how.truncation, how.train_on_prompt, strict=strict
+        )
     trim()
     if shelf is not None:
         shelved = partial(shelf.keep, about, *pack(made)) if found is None else partial(shelf.used, about)

@@ -20,7 +20,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from rlhf_cli.data.encoder import Asking, Encoder, load_encoder
 from rlhf_cli.data.examples import Message, Prompt
-from rlhf_cli.data.rendering import answers, continuation, ending, given, protect, render, spellings, steady
+from rlhf_cli.data.rendering import answers, continuation, ending, given, own, protect, render, spellings, steady
 from rlhf_cli.errors import DataError, ModelError, RecipeError
 
 Ids: TypeAlias = Sequence[int] | np.ndarray
@@ -29,6 +29,8 @@ Scored: TypeAlias = tuple[list[int], list[bool]]
 
 REMEMBERED = 1024
 """Rendered conversations that are remembered."""
+LONG = 2**16
+"""Characters of a conversation that is not."""
 NO_TEMPLATE = "the tokenizer has no chat template, and the data are chat messages"
 NO_TEMPLATE_HINT = "give model.chat_template, or use prompt/completion text"
 CHANGED = "the chat template changes the text of an assistant turn"
@@ -163,14 +165,14 @@ class Template:
 
     def _text(self, ids: Ids, skip_special: bool) -> str:
         numbers = [int(i) for i in ids]
-        return self.tokenizer.decode(
-            numbers, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )  # fmt: skip
+        return self.tokenizer.decode(numbers, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     def _render(self, messages: Sequence[Message], ask: bool, where: str) -> str:
         if self.chat is None:
             raise DataError(NO_TEMPLATE, where, NO_TEMPLATE_HINT)
         try:
+            if sum(len(message.content) for message in messages) > LONG:
+                return render(self.tokenizer, self.chat, messages, ask)
             return self._rendered(tuple(messages), ask)
         except TemplateError as error:
             raise DataError(f"the chat template refuses these messages: {error}", where) from None
@@ -267,7 +269,7 @@ def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Seq
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end token (eos_token)", hint="set eos_token in tokenizer_config.json")
-    chat = _own(tokenizer) if chat_template is None else given(chat_template)
+    chat = own(tokenizer) if chat_template is None else given(chat_template)
     end_text = ""
     if chat is not None:
         try:
@@ -289,10 +291,6 @@ def load_template(tokenizer: Any, chat_template: str | None = None, eos_ids: Seq
 
 
 def _digest(chat: str | None, tokenizer: str) -> str:
+    """Line ends do not count: Jinja reads all alike, and a saved template has LF only."""
+    chat = None if chat is None else "\n".join(re.split("\r\n|\r|\n", chat))
     return hashlib.sha256(f"{tokenizer}\n{chat}".encode()).hexdigest()
-
-
-def _own(tokenizer: Any) -> str | None:
-    """The tokenizer's template; the one called default when it has several."""
-    found = tokenizer.chat_template
-    return found.get("default") if isinstance(found, dict) else found

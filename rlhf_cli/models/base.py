@@ -25,7 +25,7 @@ from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models import memory
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
-from rlhf_cli.models.gate import check_files, check_template, end_ids
+from rlhf_cli.models.gate import check_files, check_same_template, check_template, end_ids
 from rlhf_cli.models.lighten import lighten
 from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
@@ -142,7 +142,7 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> 
     """Tokenizer, template and configuration of the model a recipe names.
 
     Raises RecipeError or ModelError: not found, unfinished run, another role than `role` (or one of `others`), no
-    end token.
+    end token, a run that was trained with another tokenizer or template.
     """
     quiet()
     path = resolve_model(settings.name_or_path)
@@ -175,6 +175,7 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> 
     ends = [] if generation is None else end_ids(generation.to_dict(), source)
     template = load_template(tokenizer, settings.chat_template, ends)
     check_template(template, own)
+    check_same_template(template, path, settings.chat_template is not None)
     return Text(path, source, tokenizer, template, config, generation, revision)
 
 

@@ -17,7 +17,7 @@ from rlhf_cli.data.examples import Message
 from rlhf_cli.data.rendering import render
 from rlhf_cli.data.template import Template
 from rlhf_cli.errors import DataError, ModelError
-from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.recipe.model_path import ModelPath, read_json
 
 if TYPE_CHECKING:
     from rlhf_cli.models.base import Base, Text
@@ -145,6 +145,20 @@ def check_template(template: Template, where: str) -> None:
             f"the chat template begins with two {template.tokenizer.bos_token}, which no model was trained on", where,
             "take one out of the chat template",
         )  # fmt: skip
+
+
+def check_same_template(template: Template, path: ModelPath, given: bool) -> None:
+    """ModelError when a run was trained with another tokenizer or chat template than this. given: by the recipe, not
+    by the run."""
+    known = (path.run or {}).get("lineage", {}).get("template")
+    if not known or known == template.digest:
+        return
+    if given:
+        message, remedy = "model.chat_template is not the chat template this run was trained with", "leave it out"
+    else:
+        message = "its tokenizer or chat template is not the one it was trained with"
+        remedy = "restore its tokenizer files and chat_template.jinja"
+    raise ModelError(message, str(path.weights), f"{remedy}; to go on with another one, name this folder as the model")
 
 
 def end_ids(settings: Mapping[str, Any], where: str) -> list[int]:

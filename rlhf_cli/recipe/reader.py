@@ -129,12 +129,12 @@ def _stage(root: Node, stage: str | None) -> str:
 
 
 def _missing_stage(root: Node, stage: str | None) -> str:
-    """What to write; a key that only one command knows gives the recipe away."""
+    """What to write; keys that only one command knows together give the recipe away."""
     if stage is not None:
         return f"write `stage: {stage}`"
-    only = [stages_with(key, "") for key in entries(root)]
-    told = next((stages[0] for stages in only if len(stages) == 1), None)
-    return f"write `stage: {told}`" if told else f"write one of {', '.join(RECIPES)}"
+    known = [stages for key in entries(root) if (stages := stages_with(key, ""))]
+    told = [stage for stage in RECIPES if all(stage in stages for stages in known)]
+    return f"write `stage: {told[0]}`" if len(told) == 1 else f"write one of {', '.join(RECIPES)}"
 
 
 # --- back to text ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES, Objective, objectives_of
 from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
+from rlhf_cli.recipe.evaluation import EvalRecipe
 from rlhf_cli.recipe.settings.blocks import Name, as_mapping, block, terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
 from rlhf_cli.recipe.settings.doctor import TripwireSettings
@@ -239,4 +240,5 @@ RECIPES: dict[str, type[Work]] = {
     "sample": SampleRecipe,
     "score": ScoreRecipe,
     "select": SelectRecipe,
+    "eval": EvalRecipe,
 }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.runs.metrics import number
 
-_INK = "#010203"
-_HUES = ("#0b0101", "#0b0102", "#0b0103", "#0b0104", "#0b0105", "#0b0106")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"
+HUES = ("#0b0101", "#0b0102", "#0b0103", "#0b0104", "#0b0105", "#0b0106")
 """Stand-ins that become CSS variables, so that one picture serves the light and the dark page."""
 _CROWDED = 200
 """From so many points on, a curve is shown thin with its moving average over it."""
@@ -67,7 +70,7 @@ def curves(rows: Iterable[dict[str, object]]) -> list[Curve]:
     return [Curve(name, tuple(s for s, _ in points), tuple(v for _, v in points)) for name, points in found.items()]
 
 
-def grouped(found: Sequence[Curve], most: int = len(_HUES)) -> list[tuple[str, list[Curve]]]:
+def grouped(found: Sequence[Curve], most: int = len(HUES)) -> list[tuple[str, list[Curve]]]:
     """The curves by subject, held-out ones beside their training twins; a panel holds at most `most` of them."""
     panels: dict[str, list[Curve]] = {}
     for curve in found:
@@ -87,6 +90,11 @@ def grouped(found: Sequence[Curve], most: int = len(_HUES)) -> list[tuple[str, l
 
 
 def svg(title: str, members: Sequence[Curve]) -> str:
+    """One panel of curves."""
+    return drawn(title, lambda axes: _draw(axes, members))
+
+
+def drawn(title: str, draw: Callable[[Axes], None]) -> str:
     """One panel as an SVG element without a date, a script or a colour of its own. `title` keeps its ids apart."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -99,32 +107,31 @@ def svg(title: str, members: Sequence[Curve]) -> str:
         "font.family": "sans-serif",
         "font.size": 9.5,
         "axes.unicode_minus": False,
-        **{f"{part}.color": _INK for part in ("text", "xtick", "ytick")},
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
+        **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.4, 2.9), layout="constrained")
         figure.patch.set_alpha(0)
-        _draw(figure.add_subplot(), members)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        draw(axes)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     return _themed(out.getvalue(), title)
 
 
-def _draw(axes: object, members: Sequence[Curve]) -> None:
+def _draw(axes: Axes, members: Sequence[Curve]) -> None:
     """Lines, held-out points, marks where a value was not finite."""
-    from matplotlib.axes import Axes
     from matplotlib.ticker import MaxNLocator
 
-    assert isinstance(axes, Axes)
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=7))
     names = {curve.name for curve in members}
-    for hue, curve in zip(_HUES, members, strict=False):
+    for hue, curve in zip(HUES, members, strict=False):
         finite = [v if math.isfinite(v) else math.nan for v in curve.values]
         few = len(curve.steps) <= 12 or curve.held_out
         style = {"color": hue, "marker": "o" if few else "", "markersize": 3.5}
@@ -149,8 +156,8 @@ def _themed(text: str, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', _opening(title), text, count=1, flags=re.DOTALL)
-    text = text.replace(_INK, "currentColor")
-    for index, hue in enumerate(_HUES):
+    text = text.replace(INK, "currentColor")
+    for index, hue in enumerate(HUES):
         text = text.replace(hue, f"var(--hue{index})")
     return text.strip()
 

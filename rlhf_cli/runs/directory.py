@@ -32,7 +32,7 @@ SCHEMA = 1
 _ATTEMPT = (
     "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "bad-rows.jsonl", "report.html", "final",
     "doctor.jsonl", "rollbacks", "postmortem.html", PIECES, PRODUCT, "summary.json", "again.jsonl",
-    "comparisons.jsonl",
+    "comparisons.jsonl", "eval.json",
 )  # fmt: skip
 """What an attempt without any checkpoint leaves behind, removed when the run starts over."""
 
@@ -225,7 +225,7 @@ class Run:
 
     def _clean(self) -> None:
         """Remove what crashed processes left, and a former attempt that never reached a checkpoint."""
-        remove_temporaries(self.path)
+        remove_temporaries(self.path, *self.path.glob("rollbacks/**"))
         manifest.tidy(self.checkpoints)
         if self._decision.status == "fresh":
             for name in _ATTEMPT:

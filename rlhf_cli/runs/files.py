@@ -121,11 +121,9 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what crashed writers left in a folder. Only for the holder of the run's lock. Raises OSError."""
-    if not folder.is_dir():
-        return
-    for path in list(folder.iterdir()):
+def remove_temporaries(*folders: Path) -> None:
+    """Delete what crashed writers left in folders. Only for the holder of the run's lock. Raises OSError."""
+    for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
         if TEMPORARY.fullmatch(path.name):
             discard(path)
 

@@ -26,6 +26,7 @@ from rlhf_cli.runs.decide import no_whole_checkpoint
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
+from rlhf_cli.runs.signals import Signals
 from rlhf_cli.runs.trackers import open_trackers
 from rlhf_cli.stages.shelf import open_shelf
 from rlhf_cli.train import checkpoint, fitting, snapshot
@@ -116,7 +117,11 @@ def finish(engine: Engine, save: Callable[[Path], None], prove: Callable[[Path],
     if prove is not None:
         prove(run.final)
     metrics = last_metrics(run.path / "metrics.jsonl")
-    engine.display.note(f"report: {write_report(run.path)}")
+    with Signals(engine.display.warn, "report.html") as signals:  # what draws would take the signal for its own error
+        page = write_report(run.path)
+    if signals.caught is not None:
+        raise signals.interrupted("report.html")
+    engine.display.note(f"report: {page}")
     run.finish(metrics)
     engine.display.note(f"done: {run.path}")
 

@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a key twice in an array": (
         "a.json",
         b"[{" + HALF + b', "chosen": "c"}]',
-        "a.json: a row has the key 'chosen' twice (keep one of them)",
+        "a.json:1: the key 'chosen' is given twice (keep one of them)",
     ),
     "thousands of digits": (
         "a.jsonl",
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         b" " * 9000 + b"[" + PAIR + b", 3]",
         "a.json:row 2: a row must be an object with named columns, this is 3",
     ),
-    "a row of an array": ("a.json", b"[\n" + PAIR + b',\n\n{"prompt": "q "}]', "a.json:row 2: no 'chosen'"),
+    "a row of an array": ("a.json", b"[\n" + PAIR + b',\n\n{"prompt": "q "}]', "a.json:4: no 'chosen'"),
     "calls of tools": (
         "a.jsonl",
         TOOLS[:-1] + b', "rejected": []}',

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cli.data import tokenizing
-from rlhf_cli.data.encoder import Asking, Encoder
+from rlhf_cli.data import column, tokenizing
+from rlhf_cli.data.encoder import Asking, Encoder, Request
 from rlhf_cli.data.examples import (
     Comparison,
     Demonstration,
@@ -26,6 +27,7 @@ from rlhf_cli.data.examples import (
     digest,
 )
 from rlhf_cli.data.prepare import Prepared, prepare
+from rlhf_cli.data.quarantine import quarantined
 from rlhf_cli.data.samples import Places
 from rlhf_cli.data.shelf import LAYOUT
 from rlhf_cli.data.template import Template, load_template
@@ -114,7 +116,12 @@ def test_the_first_row_that_is_refused_is_named(llama2: Any) -> None:
 def test_no_text_is_given_to_the_tokenizer_twice(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template, seen = load_template(qwen), []
     run = Encoder._run
-    monkeypatch.setattr(Encoder, "_run", lambda self, requests: run(self, seen.append(requests) or requests))
+
+    def watched(self: Encoder, requests: Sequence[Request], most: int | None) -> list[list[int]]:
+        seen.append(requests)
+        return run(self, requests, most)
+
+    monkeypatch.setattr(Encoder, "_run", watched)
     tokenize([Ranking(USER, (str(i), "two"), (0.0, 1.0), "f") for i in range(9)], template, 1000)
     texts = [request for requests in seen for request in requests]
     assert len(texts) == len(set(texts)) == 1 + 9 + 1
@@ -277,6 +284,96 @@ def test_bad_rows_do_not_hide_behind_what_was_kept(jsonl: Callable[..., str], tm
         prepare(data, "demonstration", template, shelf=shelf)
     dropping = data.model_copy(update={"on_bad_row": "drop"})
     assert "dropped, empty completion: 1" in prepare(dropping, "demonstration", template, shelf=shelf).report.lines()[0]
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row(
+    jsonl: Callable[..., str], tmp_path: Path, llama2: Any
+) -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "two"}]
+    odd = {"messages": [{"role": "system", "content": "x"}, *said]}
+    path = jsonl(odd, {"messages": said}, {"messages": [*said, *said]}, odd, {"messages": said[:1]})
+    template, shelf = load_template(llama2), Kept(tmp_path / "cache")
+
+    def made(**changed: Any) -> Prepared:
+        data = SFTDataSettings.model_validate({"train": path, "on_bad_row": "drop", "max_length": 40} | changed)
+        return prepare(data, "demonstration", template, shelf=shelf)
+
+    why, last = (
+        "the chat template refuses these messages: only user and assistant",
+        "the last turn is not the assistant's",
+    )
+    with pytest.raises(DataError, match=f"^{path}:5: {last}\n1 bad row in all"):
+        made(on_bad_row="error")
+    first = made(max_bad_rows=3)
+    for keep in first.shelved:
+        keep()
+    for found in (first, made()):
+        (source,) = found.report.sources
+        assert (source.kept, found.report.bad_rows, [s.where for s in found.train]) == (
+            2, 3, [f"{path}:2", f"{path}:3"],
+        )  # fmt: skip
+        assert [(d.reason, d.where) for d in source.dropped] == [
+            (last, (f"{path}:5",)), (why, (f"{path}:1", f"{path}:4")),
+        ]  # fmt: skip
+        rows = [json.loads(line) for line in quarantined(found.bad).splitlines()]
+        assert [(row["where"], row["reason"]) for row in rows] == [
+            (f"{path}:1", why), (f"{path}:4", why), (f"{path}:5", last),
+        ]  # fmt: skip
+        assert rows[0]["row"] == odd
+    assert shelf.hits == 1
+    for limit in (40, 41):  # kept on the shelf, and not
+        with pytest.raises(DataError) as caught:
+            made(max_bad_rows=2, max_length=limit)
+        assert [p.message for p in caught.value.problems] == [
+            last, why, why, "3 bad rows in all, of 5 rows: more than data.max_bad_rows 2 allows",
+        ]  # fmt: skip
+    jsonl(odd, {"messages": said}, {"messages": [*said, *said]}, odd)
+    with pytest.raises(DataError) as caught:
+        made(on_bad_row="error")
+    assert [(p.where, p.message) for p in caught.value.problems] == [
+        (f"{path}:1", why), (f"{path}:4", why), ("", "2 bad rows in all"),
+    ]  # fmt: skip
+    jsonl(odd)
+    with pytest.raises(DataError, match=f"^no train example is left: {why}: 1 \\({path}:1\\) \\(give another"):
+        made()
+    bare = replace(template, chat=None)
+    with pytest.raises(DataError, match=f"^{path}:1: the tokenizer has no chat template"):
+        prepare(SFTDataSettings.model_validate({"train": path, "on_bad_row": "drop"}), "demonstration", bare)
+
+
+@pytest.mark.parametrize("room", [None, 0, 300])
+def test_many_tokens_lie_in_a_file(
+    room: int | None, qwen: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The samples are the same, also where there is no room for one, or not enough. room: bytes of it; None: any."""
+    template = load_template(qwen)
+    plainly = tokenize(EVERY[:4] * 20, template, 1000).samples
+
+    class Small:
+        def __init__(self, buffering: int) -> None:
+            self.file, self.left = (tmp_path / f"{len(made)}").open("w+b", buffering), room
+            made.append(self)
+
+        def write(self, data: bytes) -> int:
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            done = self.file.write(data[: self.left])
+            self.left = None if self.left is None else self.left - done
+            return done
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    made: list[Small] = []
+    monkeypatch.setattr(column, "HELD", 128)
+    monkeypatch.setattr(column.tempfile, "TemporaryFile", Small)
+    found = tokenize(EVERY[:4] * 20, template, 1000).samples
+    assert [plain(s) for s in found] == [plain(s) for s in plainly]
+    assert all(np.array_equal(found.arrays[name], plainly.arrays[name]) for name in LAYOUT if name in found.arrays)
+    assert isinstance(found.arrays["ids"].base, np.memmap) == (room is None)
+    sizes = {path.stat().st_size for path in tmp_path.iterdir()}
+    assert len(made) == 2
+    assert sizes == {None: {4 * len(found.arrays["ids"]), len(found.arrays["ids"])}, 0: {0}}.get(room, sizes)
 
 
 def test_a_sample_is_a_copy(qwen: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.data.arrays import placed
 from rlhf_cli.data.sources import check_columns, looks_like_hub_id, read
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.settings.data import SourceSettings
@@ -66,11 +67,33 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
 def test_json_array(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf \n[{"a": 1},\r\n {"a": 2}]')
-    assert rows(path) == [(":row 1", {"a": 1}), (":row 2", {"a": 2})]
+    assert rows(path) == [(":2", {"a": 1}), (":3", {"a": 2})]
+    path.write_text('[{"a": 1},\n\n {"a": 2}, {"a":\n3},\n{"a": 4}\n]\n')
+    assert rows(path) == [(":1", {"a": 1}), (":row 2", {"a": 2}), (":row 3", {"a": 3}), (":5", {"a": 4})]
+    assert rows(path, limit=2) == rows(path)[:2]
     path.write_text('[{"a": 1}, 5]')
     assert problem(path).startswith("a.json:row 2: a row must be an object")
     path.write_text('[{"a": 1},\n {"a" 2}]')
     assert problem(path).startswith("a.json:2:7: not JSON")
+
+
+BROKEN = [
+    "[", "[]", "[ ] x", "[1", "[1,", "[1 2]", '[1, {"a"}]', "[{}]]", "[{}, ]", "[{} ,\n {}\n] ", "\v[{}]", '[{"a": "b]',
+    '[{"a": 1e}]', "[nul]", "[\n\n{},,]", "[,]", "[[[]]]]", '[{"a": "\t"}]', "[{}\f]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_an_array_is_refused_where_the_json_library_refuses_it(text: str) -> None:
+    try:
+        expected: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        expected = f"a.json:{error.lineno}:{error.colno}: not JSON: {error.msg}"
+    try:
+        found: Any = [value for _, value in placed(text, "a.json")]
+    except DataError as error:
+        found = str(error)
+    assert found == expected
 
 
 def test_json_with_one_object_a_line(tmp_path: Path) -> None:
@@ -130,7 +153,7 @@ def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"a": 1}]')
     (tmp_path / ".hidden.jsonl").write_text("broken")
     (tmp_path / "README.md").write_text("words")
-    assert rows(tmp_path) == [("/a.json:row 1", {"a": 1}), ("/b.jsonl:1", {"a": 2})]
+    assert rows(tmp_path) == [("/a.json:1", {"a": 1}), ("/b.jsonl:1", {"a": 2})]
 
 
 def test_folder_without_data(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from rlhf_cli.data.examples import Message
 from rlhf_cli.data.template import load_template
@@ -241,6 +243,24 @@ def test_digest(qwen: Any, llama3: Any) -> None:
     qwen("a long text that is cut", truncation=True, max_length=3)
     assert load_template(qwen).digest == digest
     assert len({digest, load_template(qwen, BARE).digest, load_template(llama3).digest}) == 3
+
+
+def test_the_digest_of_what_was_saved(qwen: Any, llama3: Any, llama2: Any, tmp_path: Path) -> None:
+    """Also of tokens that were added, and of line ends, which saving turns into LF."""
+    more = copy.deepcopy(llama3)
+    more.add_tokens(["<more>"])
+    more.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    found = set()
+    for number, tokenizer in enumerate((qwen, llama3, llama2, more)):
+        for chat in (None, f"{BARE}\n\n", BARE.replace("\n", "\r\n")):
+            template = load_template(tokenizer, chat)
+            folder = tmp_path / f"{number}{len(chat or '')}"
+            copied = copy.deepcopy(tokenizer)
+            copied.chat_template = template.chat
+            copied.save_pretrained(folder)
+            assert load_template(AutoTokenizer.from_pretrained(folder)).digest == template.digest
+            found.add(template.digest)
+    assert len(found) == 4 * 3
 
 
 def test_tokenizer_without_end_token(llama2: Any) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rlhf_cli.data.template import load_template
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import load_base
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
@@ -41,6 +42,8 @@ class Case:
     line: str
     code: int = 4
     stage: str = "sft"
+    model: dict[str, Any] = field(default_factory=dict)
+    """What the recipe says of the model besides its name."""
 
 
 # --- ways to spoil ---------------------------------------------------------------------------------------
@@ -73,15 +76,21 @@ def bytes_(change: Callable[[bytes], bytes]) -> Spoil:
 
 
 def text(name: str, content: str) -> Spoil:
-    return lambda folder: (folder / name).write_text(content)
+    return lambda folder: (_inside(folder) / name).write_text(content)
+
+
+def _inside(folder: Path) -> Path:
+    """Where the files of a model lie."""
+    return folder / "final" if (folder / "final").is_dir() else folder
 
 
 def keys(name: str, **changes: Any) -> Spoil:
     """Keys of a JSON file; `...` takes one out."""
 
     def spoil(folder: Path) -> None:
-        value = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+        path = _inside(folder) / name
+        value = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
 
     return spoil
 
@@ -122,9 +131,10 @@ def larger_tokenizer(folder: Path) -> None:
 
 def far_token(folder: Path) -> None:
     """As many tokens as rows, and one whose id is beyond them."""
-    state = json.loads((folder / "tokenizer.json").read_text())
+    path = _inside(folder) / "tokenizer.json"
+    state = json.loads(path.read_text())
     state["model"]["vocab"]["Ġround"] = 999
-    (folder / "tokenizer.json").write_text(json.dumps(state))
+    path.write_text(json.dumps(state))
 
 
 WEIGHTS = "{m}/model.safetensors: "
@@ -144,6 +154,12 @@ NO_REWARD = (
     "this is a language model (LlamaForCausalLM); a reward model is wanted here (train one with `rlhf train-rm`)"
 )
 CODE = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+ON = "to go on with another one, name this folder as the model"
+TRAINED = (
+    "{m}/final: its tokenizer or chat template is not the one it was trained with (restore its tokenizer files and "
+    f"chat_template.jinja; {ON})"
+)
+GIVEN = f"{{m}}/final: model.chat_template is not the chat template this run was trained with (leave it out; {ON})"
 CHANGED = "the chat template leaves out or changes what the user says (give another model.chat_template)"
 
 
@@ -297,6 +313,11 @@ CASES = {
         keys("adapter_config.json", base_model_name_or_path="{o}"),
         "{m}: its adapter was trained on other base weights than {o} holds now (restore the base, or train the adapter "
         "again)"),
+    # runs
+    "run-other-template": Case("run", template("{{ bos_token }}", "{{ bos_token }} "), TRAINED),
+    "run-other-tokenizer": Case("run", keys("tokenizer_config.json", pad_token="</s>"), TRAINED),
+    "run-other-spelling": Case("run", far_token, TRAINED),
+    "run-given-template": Case("run", both(), GIVEN, model={"chat_template": TEMPLATE + "."}),
     # reward models
     "head-missing": reward(without("score"), f"{{m}}: the reward adapter has no tensor {adapters.SCORE}"),
     "head-of-two": head(lambda t: t.repeat(2, 1), f"{HEAD}(2, 32){ANOTHER}"),
@@ -355,11 +376,20 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     adapters.write_adapter(base, "policy", folder / "reward", score)
     (folder / "classifier").mkdir()
     write_classifier(folder / "classifier", score)
+    write_run(folder / "run", tiny_model)
     for name in ("adapter", "reward", "classifier"):
         tokens = make_tokenizer()
         tokens.save_pretrained(folder / name)
         (folder / name / "reward.json").write_text('{"mean": 0.0, "std": 1.0}')
     return folder
+
+
+def write_run(folder: Path, model: Path) -> None:
+    """A finished run that left this model."""
+    shutil.copytree(model, folder / "final")
+    head = {"stage": "sft", "role": "policy", "lineage": {"template": load_template(make_tokenizer()).digest}}
+    (folder / "run.json").write_text(json.dumps(head))
+    (folder / "DONE").write_text("{}")
 
 
 def write_classifier(folder: Path, score: torch.nn.Linear) -> None:
@@ -378,7 +408,7 @@ def recipe(case: Case, good: Path, spoilt: Path, out: Path) -> dict[str, Any]:
     if case.stage == "ppo":
         more = lora | {"lora": {"r": 8}, "rewards": [{"run": str(spoilt)}], "rollout": {"max_new_tokens": 6}}
         return w.recipe("ppo", good / "model", good, "prompts", out, **more, data={"eval": None})
-    return w.recipe("sft", spoilt, good, "chat", out, **lora, data={"eval": None})
+    return w.recipe("sft", spoilt, good, "chat", out, **lora, data={"eval": None}, model=case.model)
 
 
 @pytest.mark.parametrize("name", CASES)

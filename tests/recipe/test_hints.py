@@ -45,5 +45,5 @@ def test_keys_know_their_blocks() -> None:
     assert blocks_of("dpo")["learning_rate"] == ("training",)
     assert set(blocks_of("ppo")["learning_rate"]) == {"training", "critic", "ppo.lagrange"}
     assert blocks_of("dpo")["output_dir"] == ("",)
-    assert stages_with("rollout") == ["ppo"]
+    assert stages_with("critic") == ["ppo"]
     assert stages_with("train_on_prompt", "data") == ["sft"]

@@ -10,7 +10,7 @@ import pytest
 from rlhf_cli.catalog import objectives_of
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.reader import read_recipe
-from rlhf_cli.recipe.schema import DPORecipe, PPORecipe
+from rlhf_cli.recipe.schema import RECIPES, DPORecipe, PPORecipe
 from rlhf_cli.recipe.tree import read_scalar
 
 DPO = """\
@@ -117,6 +117,9 @@ SETTINGS = [
      "(here it is adamw)"),
     ("learning_rate: .inf", "learning_rate: .inf is not a finite number"),
     ("learning_rate: 1e999", "learning_rate: 1e999 is too large a number"),
+    ("learning_rate: 1e39", "learning_rate: must be at most 1e+15, found 1e39"),
+    ("learning_rate: 1\n  max_grad_norm: 1.1e15", "max_grad_norm: must be at most 1e+15, found 1.1e15"),
+    ("learning_rate: 1\n  weight_decay: -1e39", "weight_decay: must be at least 0, found -1e39"),
     ("learning_rate: *x", "learning_rate: the alias *x is refused (no includes or interpolation: write it out)"),
     ("learning_rate: !!float 1",
      "learning_rate: the tag !!float is refused (no includes or interpolation: write it out)"),
@@ -140,7 +143,7 @@ KEYS = [
     ("learning_rate: 3", "learning_rate: unknown key (it belongs under training)"),
     ("lerning_rate: 3", "lerning_rate: unknown key (did you mean 'training.learning_rate'?)"),
     ("beta: 0.1", "beta: unknown key (it belongs under objective)"),
-    ("rollout: {}", "rollout: unknown key (it belongs to the command ppo)"),
+    ("critic: {}", "critic: unknown key (it belongs to the command ppo)"),
     ("num_train_epochs: 3", "num_train_epochs: unknown key (it is called training.num_epochs here)"),
     ("kl_coef: 3", "kl_coef: unknown key (it is called ppo.kl.coef here, in the command ppo)"),
     ("evaluation: {stage: 1}", "evaluation.stage: unknown key (it belongs at the top)"),
@@ -149,7 +152,7 @@ KEYS = [
 
 @pytest.mark.parametrize(("line", "message"), KEYS)
 def test_unknown_keys(tmp_path: Path, line: str, message: str) -> None:
-    column = line.index("{") + 2 if "{" in line and not line.startswith("rollout") else 1
+    column = line.index("{") + 2 if "{" in line and not line.startswith("critic") else 1
     assert problems(tmp_path, DPO + line + "\n") == [f"r:10:{column} {message}"]
 
 
@@ -229,13 +232,13 @@ def test_stage(tmp_path: Path) -> None:
         "r:1:1 stage: this key is missing (write `stage: dpo`)"
     ]
     assert problems(tmp_path, DPO.replace("stage: dpo\n", ""), stage=None) == [
-        "r:1:1 stage: this key is missing (write one of sft, train-rm, ppo, dpo, orpo, simpo)"
+        f"r:1:1 stage: this key is missing (write one of {', '.join(RECIPES)})"
     ]
     assert problems(tmp_path, PPO.replace("stage: ppo\n", ""), stage=None) == [
         "r:1:1 stage: this key is missing (write `stage: ppo`)"
     ]
     assert problems(tmp_path, DPO.replace("stage: dpo", "stage: rm"), stage=None) == [
-        "r:1:8 stage: 'rm' is not one of sft, train-rm, ppo, dpo, orpo, simpo (here it is train-rm)"
+        f"r:1:8 stage: 'rm' is not one of {', '.join(RECIPES)} (here it is train-rm)"
     ]
 
 

@@ -47,7 +47,7 @@ def test_docstrings_bounds_and_short_forms() -> None:
     schema = json_schema("dpo")
     training = schema["$defs"]["TrainingSettings"]
     assert training["properties"]["learning_rate"] == {
-        "description": "Peak learning rate.", "exclusiveMinimum": 0, "type": "number"
+        "description": "Peak learning rate.", "exclusiveMinimum": 0, "maximum": 1e15, "type": "number"
     }  # fmt: skip
     assert training["additionalProperties"] is False
     assert training["required"] == ["learning_rate"]
@@ -61,3 +61,18 @@ def test_docstrings_bounds_and_short_forms() -> None:
 def test_an_unknown_stage() -> None:
     with pytest.raises(RecipeError, match="no command is called 'dppo'"):
         schema_text("dppo")
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_every_number_has_a_largest(stage: str) -> None:
+    """Beyond it what is computed with it would overflow."""
+
+    def unbounded(node: Any, path: str) -> list[str]:
+        if isinstance(node, list):
+            return [found for part in node for found in unbounded(part, path)]
+        if not isinstance(node, dict):
+            return []
+        own = node.get("type") == "number" and not {"maximum", "exclusiveMaximum"} & node.keys()
+        return [path] * own + [found for key, part in node.items() for found in unbounded(part, f"{path}.{key}")]
+
+    assert unbounded(RECIPES[stage].model_json_schema(), stage) == []

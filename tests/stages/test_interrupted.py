@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.train.engine import Engine
+from tests.conftest import run_cli
 from tests.stages import world as w
 from tests.stages.conftest import quick, train
 
@@ -67,6 +68,26 @@ def interrupted(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPa
     assert again.code == 0, again.err
     assert f"going on after step {step}" in again.err
     return run
+
+
+def test_a_signal_while_the_report_is_drawn(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no error of what draws, whose code in C would take it for its own."""
+    content = toy("sft", "chat", rows=32, training={"max_steps": 1})
+    run = Path(content["output_dir"])
+    recipe = w.save(content, run.with_suffix(".yaml"))
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf_cli.stages.common.write_report", lambda path: os.kill(os.getpid(), signal.SIGINT))
+        outcome = run_cli("sft", recipe)
+    assert (outcome.code, outcome.errors) == (
+        130, ["error: SIGINT: stopped after report.html; the same command goes on from here"],
+    )  # fmt: skip
+    assert not (run / "DONE").exists()
+    left = run / "rollbacks" / "01" / ".metrics.jsonl.tmp-77"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert quick("sft", recipe).code == 0
+    assert (run / "DONE").exists()
+    assert list(left.parent.iterdir()) == []
 
 
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {

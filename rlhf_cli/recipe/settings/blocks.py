@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, create_model, model_validator
 
-from rlhf_cli.catalog import Entry, Settings
+from rlhf_cli.catalog import Entry, Positive, Settings
 
 Count = Annotated[int, Field(ge=1)]
 LONGEST_NAME = 255
@@ -92,7 +92,7 @@ def _named(entry: Any, kind: str, default: str | None = None, **more: Any) -> An
     )
 
 
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Factor of this term in the sum.")]
+Weight = Annotated[Positive, Field(description="Factor of this term in the sum.")]
 
 
 def terms_of(objective: Any) -> list[tuple[float, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rlhf_cli.catalog import Positive, Settings
+from rlhf_cli.catalog import Finite, Positive, Settings
 from rlhf_cli.recipe.settings.blocks import Checked, Count, Name, as_list, as_mapping
 
 
@@ -89,7 +89,7 @@ class RatingSettings(Checked):
     """bradley_terry fits all games at once; elo goes through them in their order."""
     k: Positive = 32.0
     """Points a game can move; only read with `method: elo`."""
-    start: Annotated[float, Field(allow_inf_nan=False)] = 1500.0
+    start: Finite = 1500.0
     """Rating before the first game; only read with `method: elo`."""
     shuffles: Count = 1
     """Orders of the games that elo is averaged over; 1: the order of the file. Only read with `method: elo`."""

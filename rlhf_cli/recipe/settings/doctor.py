@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_cli.catalog import Positive, Share
+from rlhf_cli.catalog import AboveOne, Positive, Share
 from rlhf_cli.recipe.settings.blocks import Checked, Count
 
 READ_BY = {
@@ -57,7 +57,7 @@ class ThresholdSettings(Checked):
     """Share of completions cut by the length limit, `patience` steps in a row."""
     eos_drop: Share = 0.25
     """Share of the end-token rate of the start that must be left."""
-    length_growth: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
+    length_growth: AboveOne = 3.0
     """Mean length over that of the start."""
     length_shrink: Share = 0.25
     """Mean length over that of the start."""
@@ -71,7 +71,7 @@ class ThresholdSettings(Checked):
     """Correlation of score and length over a rollout, `patience` steps in a row."""
     clip_fraction: Share = 0.5
     """Share of clipped tokens, `patience` steps in a row."""
-    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
+    ratio: AboveOne = 10.0
     """Largest ratio of new to old probability of a token, or one over it; the mean ratio may be off by a tenth of
     it."""
     contrast: Share = 0.95

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, NonNegative, Positive, Settings
+from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, AboveOne, Finite, NonNegative, Positive, Settings
 from rlhf_cli.recipe.settings.blocks import Checked, Count, block
 from rlhf_cli.recipe.settings.data import Sources
 
@@ -32,7 +32,7 @@ class PtxSettings(Settings):
 
 
 class LagrangeSettings(Checked):
-    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    threshold: Finite = 0.0
     """What a completion may cost on average."""
     init: Positive = 1.0
     """The multiplier at the start."""
@@ -68,7 +68,7 @@ class PPOSettings(Checked):
     """Ratios below 1 - clip_low are clipped."""
     clip_high: Positive = 0.2
     """Ratios above 1 + clip_high are clipped."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: AboveOne | None = None
     """Bound the loss of a bad action at dual_clip x its advantage; null: off."""
     value_clip: Positive | None = 0.2
     """Clip the change of a value to +-value_clip; null: off."""
@@ -105,7 +105,7 @@ class PPOSettings(Checked):
     or not learned from."""
     missing_eos_penalty: NonNegative = 1.0
     """Subtracted from the score of a completion that was cut; only read with `truncation: penalty`."""
-    truncated_score: Annotated[float, Field(allow_inf_nan=False)] = -1.0
+    truncated_score: Finite = -1.0
     """The score of a completion that was cut; only read with `truncation: replace`."""
     lagrange: LagrangeSettings | None = None
     """PPO-Lag: keep the mean of the rewards with `role: cost` below a threshold, by a multiplier that adapts."""

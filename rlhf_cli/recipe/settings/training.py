@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_cli.catalog import NonNegative, Positive, Settings, Share
+from rlhf_cli.catalog import AboveOne, NonNegative, Positive, Settings, Share
 from rlhf_cli.recipe.settings.blocks import Checked, Count
 
 Scheduler = Literal[
@@ -48,10 +48,10 @@ class TrainingSettings(Checked):
     """Clip the gradient to this norm; null: do not clip."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never on biases and norms."""
-    max_loss_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    max_loss_spike: AboveOne | None = None
     """Stop with exit code 5, before the step is applied, when the loss is more than so many times its running median;
     null: never."""
-    max_grad_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    max_grad_spike: AboveOne | None = None
     """The same for the norm of the gradient before clipping."""
     spike_window: Annotated[int, Field(ge=2)] = 32
     """Updates that the running medians are of; none trips before so many are known."""

@@ -1,0 +1,168 @@
+"""The commands without a run of their own: they check, show, explain, write files, talk."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated
+
+import typer
+
+from rlhf_cli.cli import tools
+from rlhf_cli.cli.explain import explanation, on_terminal
+from rlhf_cli.cli.options import Bare, Debug, Quiet, RecipeFile, Sets, emit, one_of, say
+from rlhf_cli.cli.stages import line_of
+from rlhf_cli.errors import RlhfError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def check(
+    context: typer.Context,
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    sets: Sets = None,
+    debug: Debug = False,
+) -> None:
+    """Check recipes and their data; no model is loaded."""
+    tools.watch_garbage()
+    errors: list[RlhfError] = []
+    for path in recipes:
+        try:
+            say(tools.check_one(path, sets or [], line_of(context)))
+        except RlhfError as error:
+            errors.append(error)
+    if errors:
+        raise tools.together(errors)
+
+
+@commands.command()
+def deps(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    sets: Sets = None,
+    debug: Debug = False,
+) -> None:
+    """Print rules for make: each recipe's run, and what it is made of."""
+    from rlhf_cli.cli.deps import rules
+
+    emit(rules(recipes, sets or []).rstrip("\n"))
+
+
+@commands.command()
+def init(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)],
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder of the model to start from.")] = None,
+    quantization: Annotated[str, typer.Option(metavar="none|nf4|int8", help="Of its frozen weights.")] = "nf4",
+    debug: Debug = False,
+) -> None:
+    """Write a starter project: recipes, example data, a Makefile."""
+    from rlhf_cli.cli.init import MODEL, start
+
+    one_of("--quantization", quantization, ("none", "nf4", "int8"))
+    for path in start(folder, model or MODEL, quantization):
+        say(str(path))
+    say(f"next: cd {shlex.quote(folder)}, put your data into data/, then `make check` and `make`")
+
+
+@commands.command()
+def data(
+    recipe: RecipeFile,
+    bare: Bare = None,
+    sets: Sets = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="Examples of each split.")] = 2,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show examples with the trained tokens coloured, their lengths, and the data report."""
+    from rlhf_cli.cli.show import show
+
+    tools.watch_garbage()
+    show(recipe, [*(bare or []), *(sets or [])], rows, html)
+
+
+@commands.command()
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A LoRA run, or a folder with an adapter.")],
+    output_dir: Annotated[str, typer.Option("--output-dir", "-o", metavar="DIR", help="A new folder.")],
+    weights: Annotated[
+        str, typer.Option(metavar="original|trained", help="Into which weights, where the base was quantised.")
+    ] = "original",
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the merged weights.")
+    ] = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Work a run's adapter into its base: a full model that opens without peft."""
+    one_of("--weights", weights, ("original", "trained"))
+    one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    from rlhf_cli.cli.view import make_display
+    from rlhf_cli.stages.merge import run as work
+
+    tools.watch_garbage()
+    work(run, output_dir, weights, dtype, make_display(quiet, False))  # type: ignore[arg-type]
+
+
+@commands.command()
+def chat(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One model to talk to, or several side by side.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Sample from the likeliest tokens only.")] = 1.0,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides what is drawn.")] = 0,
+    quantization: Annotated[
+        str, typer.Option(metavar="auto|none|nf4|int8", help="Of the base weights; auto: as the run was trained.")
+    ] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk to a run; a line a turn."""
+    one_of("--quantization", quantization, ("auto", "none", "nf4", "int8"))
+    from rlhf_cli.rollouts.sampling import Sampling
+    from rlhf_cli.stages.chat import run as talk
+
+    tools.watch_garbage()
+    sampling = Sampling(
+        max_new_tokens, temperature or 1.0, greedy=temperature == 0, top_p=None if top_p == 1 else top_p
+    )
+    talk(runs, sampling, system, seed, None if quantization == "auto" else quantization)  # type: ignore[arg-type]
+
+
+@commands.command()
+def schema(
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="A command; default: all.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    emit(tools.schema_text(stage))
+
+
+@commands.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the commands, and the objectives, estimators and controllers of each."""
+    if as_json:
+        emit(json.dumps(tools.catalogue(), indent=2, ensure_ascii=False))
+        return
+    for line in tools.catalogue_lines():
+        say(line)
+
+
+@commands.command()
+def explain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An objective, estimator, controller or command.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an objective is: formula, settings, data, source, and what often goes wrong."""
+    found = explanation(name)
+    emit(json.dumps(found, indent=2, ensure_ascii=False) if as_json else on_terminal(found))
+
+
+@commands.command()
+def env(debug: Debug = False) -> None:
+    """Show versions and devices."""
+    for line in tools.environment_lines():
+        say(line)

@@ -1,0 +1,101 @@
+"""One source: its rows read, checked and made examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.catalog import Data, Need
+from rlhf_cli.data import formats, sources
+from rlhf_cli.data.examples import Example, digest
+from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.quarantine import BadRows, bad_rows
+from rlhf_cli.data.reading import Finished, Format, Wanted
+from rlhf_cli.data.report import SourceReport, tally
+from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.suited import nothing_to_learn, suited
+from rlhf_cli.errors import DataError
+from rlhf_cli.recipe.settings.data import SourceSettings
+
+READ_FOR: dict[str, Need] = {
+    "margin": "target", "target": "target", "chosen_safe": "safety", "rejected_safe": "safety",
+    "chosen_score": "scores", "score_chosen": "scores", "rejected_score": "scores", "score_rejected": "scores",
+}  # fmt: skip
+"""What an objective must need for a column of pairs to be read."""
+LOOKED_AT = 16
+"""How many rows decide the format of a source."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What became of its rows."""
+
+    items: list[Example]
+    bad: BadRows
+    report: SourceReport
+    warnings: tuple[str, ...]
+
+    def nothing(self) -> str:
+        """Why no row can be used."""
+        reasons = "; ".join(str(r) for r in self.report.dropped)
+        return f"none of its {self.report.rows} rows can be used: {reasons}"
+
+
+def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> Read:
+    """A source read to its end. Raises DataError when it cannot be read, holds no rows or has none of the columns."""
+    rows = sources.read(settings)
+    head = list(itertools.islice(rows, LOOKED_AT))
+    if not head:
+        raise DataError("holds no rows", settings.path)
+    columns = list(dict.fromkeys(c for _, row in head for c in row))
+    sources.check_columns(settings, columns, [row for _, row in head])
+    chosen = (
+        formats.detect(columns, kind, settings.path)
+        if settings.format == "auto"
+        else formats.named(settings.format, kind, settings.path)
+    )
+    names = dict.fromkeys(columns + sources.keys_of_messages(columns, [row for _, row in head]))
+    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind, names)
+    done = chosen.finish[kind](items, wanted) if kind in chosen.finish else Finished(items, [])
+    items, unfit, unused = suited(done.items, wanted)
+    bad += unfit
+    report = SourceReport(
+        split=split,
+        path=settings.path,
+        format=chosen.name,
+        detected=settings.format == "auto",
+        rows=count,
+        examples=len(items),
+        kept=len(items),
+        weight=settings.weight,
+        unused=() if kind == "task" else tuple(c for c in names if not _used(c, chosen, wanted)),
+        digest=digest(items),
+        dropped=tally(bad + done.dropped + unused),
+    )
+    warnings = (*done.warnings, *nothing_to_learn(items))
+    return Read(items, bad_rows(settings, bad, count), report, tuple(f"{split} {settings.path}: {w}" for w in warnings))
+
+
+def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
+    need = READ_FOR.get(column)
+    return column in chosen.reads and (need is None or need in wanted.needs)
+
+
+def _examples(
+    rows: Iterator[sources.Located], chosen: Format, kind: Data, names: dict[str, None]
+) -> tuple[list[Any], list[Dropped], int]:
+    """What the format's reader gives, the rows it refuses, and the number of rows; `names` learns their columns."""
+    items: list[Any] = []
+    bad: list[Dropped] = []
+    count, read = 0, chosen.gives[kind]
+    for where, row in rows:
+        count += 1
+        if not names.keys() >= row.keys():
+            names |= dict.fromkeys(row)
+        try:
+            items += read(row, where)
+        except BadRow as error:
+            bad.append(Dropped(str(error), where))
+    return items, bad, count

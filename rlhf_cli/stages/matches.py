@@ -1,0 +1,93 @@
+"""Which completions of two models meet, and what a judge says of them.
+
+The n-th completion of one model meets the n-th of the other. By rewards, every two models meet; a judge is asked about
+`model` and each of the others only. Equal completions are a tie that nobody is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+from rlhf_cli.data import rows
+from rlhf_cli.data.prepare import Prepared
+from rlhf_cli.models.base import check_length, load_text
+from rlhf_cli.models.build import load_frozen
+from rlhf_cli.models.device import micro_batch_range
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.evaluation import EvalRecipe
+from rlhf_cli.rollouts.referee import Match, Referee, load_referee
+from rlhf_cli.runs.directory import Run
+from rlhf_cli.runs.display import Display
+from rlhf_cli.stages import product
+from rlhf_cli.stages.product import Piece
+from rlhf_cli.train.passes import Frozen
+
+AT_ONCE = 64
+"""Matches of a piece."""
+
+
+class Matches:
+    """The matches of an evaluation; `starts` says where each piece of a judge's work begins."""
+
+    def __init__(
+        self, recipe: EvalRecipe, names: Sequence[str], prompts: int, referee: Referee | None, display: Display
+    ) -> None:
+        self.recipe, self.names, self.prompts, self.referee, self.display = recipe, names, prompts, referee, display
+        self.each = recipe.rollout.completions_per_prompt
+        several = range(len(names))
+        self.pairs = list(combinations(several, 2)) if referee is None else [(0, n) for n in several[1:]]
+        count = 0 if referee is None else len(self.pairs) * prompts * self.each
+        self.starts = range(0, count, AT_ONCE)
+        self._judge: tuple[Role, Frozen] | None = None
+        self._said: list[list[dict[str, Any]]] = []
+
+    def piece(self, start: int, run: Run) -> Piece:
+        """What the judge says of some matches. The completions are those that the run has written."""
+        assert self.referee is not None
+        role, asked = self._opened()
+        if not self._said:
+            made = list(product.made_rows(run))
+            self._said = [[row for row in made if row["by"]["model"] == name] for name in self.names]
+        longest, met, open_ = 0, [], []
+        for number in range(start, min(start + AT_ONCE, self.starts.stop)):
+            pair, place = divmod(number, self.prompts * self.each)
+            one, other = (self._said[k][place] for k in self.pairs[pair])
+            met.append({"what": "match", "pair": pair, "prompt": one["number"], "index": one["index"],
+                        "probability": 0.5, "first": None, "second": None})  # fmt: skip
+            if one["completion"] != other["completion"]:
+                match = Match(rows.prompt(one), one["completion"], other["completion"], one["where"],
+                              self.referee.principle(self.recipe.seed, number))  # fmt: skip
+                longest = max(longest, len(self.referee.question(match, swapped=False).prompt))
+                open_.append((met[-1], match))
+        check_length(
+            self.referee.text, longest + max(map(len, self.referee.labels)), "the longest question to the judge"
+        )
+        opinions = self.referee([match for _, match in open_], role, asked.infer) if open_ else []
+        for (row, _), opinion in zip(open_, opinions, strict=True):
+            row |= {"probability": opinion.probability, "first": opinion.first, "second": opinion.second}
+        return Piece([], {"matches": float(len(met))}, met)
+
+    def _opened(self) -> tuple[Role, Frozen]:
+        assert self.referee is not None
+        if self._judge is None:
+            role = load_frozen(self.referee.settings.model, self.referee.text)
+            self.display.note(
+                f"judge: {self.referee.text.path.name}, {str(role.base.dtype)[6:]}, on {role.base.device}"
+            )
+            self._judge = role, Frozen(self.display, micro_batch_range(role.base.device).usual)
+        return self._judge
+
+
+def open_matches(recipe: EvalRecipe, names: Sequence[str], prompts: Prepared | None, display: Display) -> Matches:
+    """The matches of a recipe; its judge is loaded without weights, and must have room for the prompts. Raises
+    RecipeError, DataError and ModelError."""
+    if recipe.judge is None or prompts is None:
+        return Matches(recipe, names, 0 if prompts is None else len(prompts.train), None, display)
+    referee = load_referee(recipe.judge, load_text(recipe.judge.model))
+    bare = [Match(task.prompt, "", "", task.where, principle) for task in prompts.tasks_train
+            for principle in referee.principles[:1] or ("",)]  # fmt: skip
+    longest = max(len(referee.question(match, swapped=False).prompt) for match in bare)
+    check_length(referee.text, longest + max(map(len, referee.labels)), "the longest question to the judge")
+    return Matches(recipe, names, len(prompts.train), referee, display)
