@@ -117,4 +117,4 @@ loops: $(READY) ## every loop of recipes/loops on the demo's model, one after th
 	@for loop in $(LOOPS); do echo "== $$loop"; $(MAKE) --no-print-directory -C recipes/loops/$$loop; done
 
 clean: ## remove the demo's files and the tools' caches (not .venv, not runs/)
-	rm -rf $(DEMO) loops build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) loops eval build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

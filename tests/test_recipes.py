@@ -18,8 +18,8 @@ from tests.conftest import Outcome, run_cli
 from tests.stages import world as w
 
 ROOT = Path(__file__).parents[1]
-FOUND = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "loops" not in path.parts)
-"""All but the links of loops, which are nothing without those before them (tests/test_makefile.py)."""
+FOUND = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if {"loops", "eval"}.isdisjoint(path.parts))
+"""All that train, but for the links of loops, which are nothing without those before them (tests/test_makefile.py)."""
 SHIPPED = {str(path.relative_to(ROOT / "recipes")): path for path in FOUND}
 KINDS = {"demonstration": "chat", "comparison": "pairs", "verdict": "verdicts", "task": "prompts"}
 JUDGED = {kind: kind for kind in w.JUDGED}
@@ -185,3 +185,21 @@ def test_a_recipe_is_rehearsed(
     assert f"{bits}, {'all' if recipe.lora is None else 'LoRA'}:" in outcome.err.replace("float32,", ",")
     assert json.loads((out / "DONE").read_text())["step"] == 2
     assert (out / "final" / ("config.json" if recipe.lora is None else "adapter_config.json")).exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "eval").glob("*.yaml")), ids=lambda path: path.name)
+def test_an_evaluation_is_rehearsed(path: Path, start: Make, world: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kinds = {"pairs": "pairs", "rankings": "rankings", "prompts": "prompts"}
+    content["data"] |= {key: str(world / f"{kinds[key]}-eval.jsonl") for key in content["data"] if key in kinds}
+    content["model"]["name_or_path"] = str(start("rm" if "pairs" in content["data"] else "sft-lora"))
+    if "against" in content:
+        content |= {
+            "against": [str(start("sft"))],
+            "reference": str(start("sft")),
+            "rewards": [{"rule": {"name": "stop"}}],
+        }
+        content["rollout"]["max_new_tokens"] = 8
+    outcome = rehearse("eval", w.save(content | {"output_dir": str(tmp_path / "run")}, tmp_path / "r.yaml"))
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run" / "eval.json").is_file()
