@@ -9,8 +9,9 @@ from typing import Any
 
 from rlhf_cli.catalog import Data, Need
 from rlhf_cli.data import formats, sources
-from rlhf_cli.data.examples import Example, digest
+from rlhf_cli.data.examples import digest
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.heap import Heap
 from rlhf_cli.data.quarantine import BadRows, bad_rows
 from rlhf_cli.data.reading import Finished, Format, Wanted
 from rlhf_cli.data.report import SourceReport, tally
@@ -32,7 +33,7 @@ LOOKED_AT = 16
 class Read:
     """What became of its rows."""
 
-    items: list[Example]
+    items: Heap
     bad: BadRows
     report: SourceReport
     warnings: tuple[str, ...]
@@ -57,9 +58,11 @@ def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str
         else formats.named(settings.format, kind, settings.path)
     )
     names = dict.fromkeys(columns + sources.keys_of_messages(columns, [row for _, row in head]))
-    items, bad, count = _examples(itertools.chain(head, rows), chosen, kind, names)
-    done = chosen.finish[kind](items, wanted) if kind in chosen.finish else Finished(items, [])
-    items, unfit, unused = suited(done.items, wanted)
+    together = chosen.finish.get(kind)
+    found: list[Any] | Heap = Heap() if together is None else []
+    bad, count = _examples(itertools.chain(head, rows), chosen, kind, names, found)
+    done = Finished([], []) if together is None else together(list(found), wanted)
+    items, unfit, unused = suited(found if together is None else done.items, wanted)
     bad += unfit
     report = SourceReport(
         split=split,
@@ -84,10 +87,10 @@ def _used(column: str, chosen: Format, wanted: Wanted) -> bool:
 
 
 def _examples(
-    rows: Iterator[sources.Located], chosen: Format, kind: Data, names: dict[str, None]
-) -> tuple[list[Any], list[Dropped], int]:
-    """What the format's reader gives, the rows it refuses, and the number of rows; `names` learns their columns."""
-    items: list[Any] = []
+    rows: Iterator[sources.Located], chosen: Format, kind: Data, names: dict[str, None], items: list[Any] | Heap
+) -> tuple[list[Dropped], int]:
+    """The rows that the format's reader refuses, and the number of rows. What it gives comes to `items`; `names` learns
+    their columns."""
     bad: list[Dropped] = []
     count, read = 0, chosen.gives[kind]
     for where, row in rows:
@@ -95,7 +98,7 @@ def _examples(
         if not names.keys() >= row.keys():
             names |= dict.fromkeys(row)
         try:
-            items += read(row, where)
+            items.extend(read(row, where))
         except BadRow as error:
             bad.append(Dropped(str(error), where))
-    return items, bad, count
+    return bad, count

@@ -10,9 +10,10 @@ import numpy as np
 
 from rlhf_cli.catalog import OBJECTIVES, SELECTIONS, Data, Need
 from rlhf_cli.data.completions import read_completions
-from rlhf_cli.data.examples import Example, Task
+from rlhf_cli.data.examples import Task
 from rlhf_cli.data.gathering import read_source
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.heap import Heap, joined
 from rlhf_cli.data.lints import contradictions
 from rlhf_cli.data.quarantine import BadRows, bad_rows, refuse
 from rlhf_cli.data.reading import Wanted
@@ -36,7 +37,7 @@ OnBadRow = Literal["error", "drop"]
 class Examples:
     """The examples of a split, in the order of their sources."""
 
-    items: list[Example]
+    items: Heap
     source: np.ndarray
     """Source of each example: (len(items),) int32."""
     weights: list[float]
@@ -83,7 +84,7 @@ def load_examples(
     for one in read:
         if not one.items:
             raise DataError(one.nothing(), one.report.path)
-    items = [item for one in read for item in one.items]
+    items = joined([one.items for one in read])
     source = np.repeat(np.arange(len(read), dtype=np.int32), [len(one.items) for one in read])
     return (
         Examples(items, source, [s.weight for s in settings], tuple(one.bad for one in read)),

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_cli.data.examples import Example, Task
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.heap import Heap
 from rlhf_cli.data.lints import silent_turns, spelled_out
 from rlhf_cli.data.samples import Places
 from rlhf_cli.data.shelf import Shelf, pack, unpack
@@ -61,7 +62,7 @@ class Split:
 
 
 def make_split(
-    items: list[Example],
+    items: Heap,
     source: np.ndarray,
     content: Sequence[tuple[str, int]],
     how: How,
@@ -70,12 +71,13 @@ def make_split(
     *,
     strict: bool = True,
 ) -> Split:
-    """The samples of some examples; the list of these is empty afterwards, so that they need not stay in memory.
+    """The samples of some examples, of which none is left afterwards, so that they need not stay in memory.
 
     source (examples,): the source of each; content: digest and number of the examples of each source; strict: as
     `tokenize`.
     """
-    places, tasks = Places(item.where for item in items), [item for item in items if isinstance(item, Task)]
+    places = Places(item.where for item in items)
+    tasks = [item for item in items if isinstance(item, Task)] if len(items) and isinstance(items[0], Task) else []
     about = {"examples": [list(one) for one in content], "template": template.digest, **asdict(how)}
     shelf = shelf if template.steady else None
     found = None if shelf is None else shelf.find(about)
@@ -94,12 +96,11 @@ def make_split(
     return Split(made, source, places, [tasks[i] for i in made.kept] if tasks else [], lints, shelved)
 
 
-def _handed_over(items: list[Example]) -> Iterator[Example]:
-    """The items in their order, none of them kept."""
-    items.reverse()
-    while items:
-        yield items.pop()
-        if len(items) % TRIMMED == 0:
+def _handed_over(items: Heap) -> Iterator[Example]:
+    """The items in their order, none of them kept; their memory is given back as it goes."""
+    for number, item in enumerate(items.taken(), start=1):
+        yield item
+        if number % TRIMMED == 0:
             trim()
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rlhf_cli.data.examples import Comparison, Example, Ranking, Rated, Steps, Verdict
 from rlhf_cli.data.formats_ranked import TIED
 from rlhf_cli.data.grouping import Dropped
+from rlhf_cli.data.heap import Heap
 from rlhf_cli.data.reading import Wanted
 
 
-def suited(items: list[Example], wanted: Wanted) -> tuple[list[Example], list[Dropped], list[Dropped]]:
+def suited(items: Iterable[Example], wanted: Wanted) -> tuple[Heap, list[Dropped], list[Dropped]]:
     """The examples that can be used, those that are bad rows, and those that are left out though they are right."""
-    good: list[Example] = []
+    good = Heap()
     bad: list[Dropped] = []
     left: list[Dropped] = []
     for found in items:
@@ -26,7 +28,7 @@ def suited(items: list[Example], wanted: Wanted) -> tuple[list[Example], list[Dr
         elif unused is not None:
             left.append(Dropped(unused, item.where))
         else:
-            good.append(item)
+            good.extend((item,))
     return good, bad, left
 
 
@@ -70,7 +72,7 @@ def _unused(item: Example, wanted: Wanted) -> str | None:
     return None
 
 
-def nothing_to_learn(items: list[Example]) -> list[str]:
+def nothing_to_learn(items: Sequence[Example]) -> list[str]:
     """A warning where all labels or scores of several examples are the same."""
     seen: set[float | None] = set()
     for item in items:

@@ -16,6 +16,12 @@ from rlhf_cli.recipe.settings.data import RatingSettings
 W = "f:1"
 
 
+def parted(items: list[Any], wanted: Wanted) -> tuple[list[Any], Any, Any]:
+    """`suited`, what is good as a list."""
+    good, bad, left = suited(items, wanted)
+    return list(good), bad, left
+
+
 def finish(found: list[Game], **ratings: Any) -> Any:
     return rate(found, Wanted(ratings=RatingSettings(**ratings)))
 
@@ -50,12 +56,12 @@ def test_what_the_objective_cannot_use() -> None:
     against = Comparison("q", "a", "b", "f:4", safety=(False, True))
     both = Comparison("q", "a", "b", "f:5", safety=(False, False))
     items: list[Any] = [plain, split, safe, against, both]
-    good, bad, left = suited(items, Wanted())
+    good, bad, left = parted(items, Wanted())
     assert good == [plain, safe, against, both]
     assert [(d.reason, d.where) for d in left] == [("neither completion is the better one (target 0.5)", "f:2")]
     assert bad == []
-    assert suited(items, Wanted(("target",)))[0] == items
-    good, bad, left = suited(items, Wanted(("safety",)))
+    assert list(suited(items, Wanted(("target",)))[0]) == items
+    good, bad, left = parted(items, Wanted(("safety",)))
     assert good == [safe, both]
     assert [(d.reason, d.where) for d in bad] == [
         ("not said whether chosen and rejected are safe (chosen_safe, rejected_safe)", "f:1"),
@@ -68,14 +74,14 @@ def test_rankings_without_an_order_are_left_out() -> None:
     tied = Ranking("q", ("a", "b"), (1.0, 1.0), "f:1")
     tops = Ranking("q", ("a", "b", "c"), (1.0, 1.0, 0.0), "f:2")
     clear = Ranking("q", ("a", "b", "c"), (1.0, 0.0, 0.0), "f:3")
-    good, bad, left = suited([tied, tops, clear], Wanted())
+    good, bad, left = parted([tied, tops, clear], Wanted())
     assert (good, bad) == ([tops, clear], [])
     assert [(d.reason, d.where) for d in left] == [("all completions have the same score", "f:1")]
-    good, bad, left = suited([tied, tops, clear], Wanted(("best",)))
+    good, bad, left = parted([tied, tops, clear], Wanted(("best",)))
     assert (good, bad) == ([clear], [])
     assert left[1].reason == "several completions share the best score"
     strict = Ranking("q", ("a", "b", "c"), (1.0, 2.0, 0.0), "f:4")
-    good, bad, left = suited([tied, tops, clear, strict], Wanted(("strict",)))
+    good, bad, left = parted([tied, tops, clear, strict], Wanted(("strict",)))
     assert (good, bad) == ([strict], [])
     assert [(d.reason, d.where) for d in left[1:]] == [
         ("two completions have the same score", "f:2"), ("two completions have the same score", "f:3")

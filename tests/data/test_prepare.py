@@ -66,7 +66,7 @@ def test_at_most_twenty_problems_are_listed(jsonl: Write) -> None:
 def test_bad_rows_dropped_and_counted(jsonl: Write) -> None:
     path = jsonl(pair(), *(pair(chosen="") for _ in range(60)), pair(chosen="b"))
     examples, report = load_examples([source(path)], "comparison", "drop")
-    assert examples.items == [Comparison("q", "a", "b", f"{path}:1")]
+    assert list(examples.items) == [Comparison("q", "a", "b", f"{path}:1")]
     first, second = report.sources[0].dropped
     assert (first.reason, first.count, len(first.where), first.where[:2]) == (
         "empty completion", 60, 50, (f"{path}:2", f"{path}:3"),
@@ -117,7 +117,7 @@ def test_a_format_that_is_named_is_taken(jsonl: Write) -> None:
     with pytest.raises(DataError, match="several formats fit"):
         load_examples([source(path)], "demonstration")
     examples, report = load_examples([source(path, format="text")], "demonstration")
-    assert examples.items == [Demonstration("", "t", f"{path}:1")]
+    assert list(examples.items) == [Demonstration("", "t", f"{path}:1")]
     assert not report.sources[0].detected
 
 
@@ -140,14 +140,14 @@ def test_scored_rows_over_the_whole_file(jsonl: Write) -> None:
         *({"prompt": p, "completion": t, "score": s} for p, t, s in [("p", "a", 1), ("q", "x", 9), ("p", "b", 3)])
     )
     examples, report = load_examples([source(path)], "comparison")
-    assert examples.items == [Comparison("p", "b", "a", f"{path}:3 with 1", scores=(3.0, 1.0))]
+    assert list(examples.items) == [Comparison("p", "b", "a", f"{path}:3 with 1", scores=(3.0, 1.0))]
     assert [(r.reason, r.count) for r in report.sources[0].dropped] == [("no partner to pair with", 1)]
 
 
 def test_pairs_as_verdicts(jsonl: Write) -> None:
     path = jsonl(pair())
     examples, report = load_examples([source(path)], "verdict")
-    assert examples.items == [Verdict("q", "a", True, f"{path}:1"), Verdict("q", "b", False, f"{path}:1")]
+    assert list(examples.items) == [Verdict("q", "a", True, f"{path}:1"), Verdict("q", "b", False, f"{path}:1")]
     assert (report.sources[0].rows, report.sources[0].examples) == (1, 2)
 
 
