@@ -72,6 +72,31 @@ def test_overrides_are_part_of_the_rule(cli: CLI, chain: Path) -> None:
     assert (wrong.code, len(wrong.errors), wrong.out) == (2, 1, "")
 
 
+def test_a_circle_and_two_makers_are_refused(cli: CLI, chain: Path) -> None:
+    outcome = cli("deps", "sample.yaml", "score.yaml", "--set", "output_dir=runs/x")
+    assert (outcome.code, outcome.out, len(outcome.errors)) == (2, "", 1)
+    assert "sample.yaml and score.yaml both make it" in outcome.err
+    Path("back.yaml").write_text(Path("select.yaml").read_text().replace("out/select", "runs/sft"))
+    outcome = cli("deps", "score.yaml", "back.yaml")
+    assert (outcome.code, outcome.out, len(outcome.errors)) == (2, "", 1)
+    assert "each is made of the one before: " in outcome.err
+
+
+def test_the_model_of_a_starter_project_is_what_was_named(
+    cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert cli("init", "one", "--model", "models/mine").code == 0
+    content = yaml.safe_load(Path("one/recipes/sft.yaml").read_text())
+    assert content["model"]["name_or_path"] == str(tmp_path / "models" / "mine")
+    for name in ("/nope", "", "models/none"):
+        outcome = cli("init", "two", "--model", name)
+        assert (outcome.code, len(outcome.errors)) == (2, 1), name
+        assert "no such folder, and not spelled like a hub id" in outcome.err
+        assert not Path("two").exists()
+
+
 def test_a_starter_project_is_planned_in_the_order_of_its_chain(cli: CLI, tmp_path: Path) -> None:
     outcome = cli("init", tmp_path / "mine", "--model", "org/some-model", "--quantization", "none")
     assert outcome.code == 0, outcome.err

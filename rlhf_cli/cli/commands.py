@@ -59,7 +59,7 @@ def init(
     from rlhf_cli.cli.init import MODEL, start
 
     one_of("--quantization", quantization, ("none", "nf4", "int8"))
-    for path in start(folder, model or MODEL, quantization):
+    for path in start(folder, MODEL if model is None else model, quantization):
         say(str(path))
     say(f"next: cd {shlex.quote(folder)}, put your data into data/, then `make check` and `make`")
 
@@ -126,6 +126,28 @@ def chat(
         max_new_tokens, temperature or 1.0, greedy=temperature == 0, top_p=None if top_p == 1 else top_p
     )
     talk(runs, sampling, system, seed, None if quantization == "auto" else quantization)  # type: ignore[arg-type]
+
+
+@commands.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The page; default: report.html of the run, or here.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the page of a run anew, or one page that compares several."""  # fmt: skip
+    from rlhf_cli.report.compare import write
+
+    tools.watch_garbage()
+    say(f"report: {write(runs, output)}")
 
 
 @commands.command()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from rlhf_cli.data.sources import looks_like_hub_id
+from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.lineage import is_file
 from rlhf_cli.recipe.reader import read_recipe
 from rlhf_cli.recipe.work import Work
@@ -20,7 +22,28 @@ def rules(recipes: Sequence[str], overrides: Sequence[str]) -> str:
     their DONE, whether they are there yet or come from another rule. Raises RecipeError."""
     works = {path: read_recipe(path, overrides, None) for path in recipes}
     made = {_clean(work.output_dir) for work in works.values()}
+    _refuse_twice(works)
+    _refuse_cycle(works, made)
     return HEADER + "".join(_rule(path, work, made, overrides) for path, work in works.items())
+
+
+def _refuse_twice(works: Mapping[str, Work]) -> None:
+    """RecipeError when two recipes make the same run."""
+    makers: dict[str, str] = {}
+    for path, work in works.items():
+        other = makers.setdefault(_clean(work.output_dir), path)
+        if other != path:
+            raise RecipeError(f"{other} and {path} both make it", f"output_dir {work.output_dir}", "give one another")
+
+
+def _refuse_cycle(works: Mapping[str, Work], made: set[str]) -> None:
+    """RecipeError when a run is made of itself, through others."""
+    needs = {f"{_clean(work.output_dir)}/DONE": set(_inputs(work, made)) for work in works.values()}
+    try:
+        tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise RecipeError(f"each is made of the one before: {', '.join(error.args[1])}", "output_dir",
+                          "break the circle") from None  # fmt: skip
 
 
 def _rule(path: str, work: Work, made: set[str], overrides: Sequence[str]) -> str:

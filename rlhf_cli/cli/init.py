@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from rlhf_cli.data.sources import looks_like_hub_id
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.recipe.reader import quote
 
@@ -17,12 +18,22 @@ PLACES = {
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
+def _model(name: str) -> str:
+    """The model as the recipes of the project name it: a folder by its whole path, since they run elsewhere. Raises
+    RecipeError when it is neither a folder nor spelled like a hub id."""
+    if name and Path(name).is_dir():
+        return str(Path(name).resolve())
+    if not looks_like_hub_id(name):
+        raise RecipeError("no such folder, and not spelled like a hub id", f"--model {name}".rstrip(), "org/name")
+    return name
+
+
 def start(folder: str, model: str, quantization: str) -> list[Path]:
     """Write a project into a folder that is new or empty; the files. Raises RecipeError and ModelError."""
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RecipeError("is there already and not empty", folder, "choose another folder")
-    filled = {"MODEL": quote(model), "QUANTIZATION": quantization, "NAME": root.resolve().name}
+    filled = {"MODEL": quote(_model(model)), "QUANTIZATION": quantization, "NAME": root.resolve().name}
     made: list[Path] = []
     try:
         for place, names in PLACES.items():

@@ -165,7 +165,11 @@ def _check_columns(columns: Sequence[str], where: str, scored: bool) -> None:
 def _candidates(row: Row, where: str, scored: bool) -> Iterator[Candidate]:
     """The completions of a row: one, or those of a list."""
     if "completions" in row:
+        if "completion" in row:
+            raise BadRow("both 'completion' and 'completions': which is meant?")
         prompt, texts = rows.several_answers(row)
+        if not texts:
+            raise BadRow("'completions' is empty")
         scores = rows.items(row, "scores") if scored else [None] * len(texts)
         if len(scores) != len(texts):
             raise BadRow(f"{len(texts)} completions and {len(scores)} scores")

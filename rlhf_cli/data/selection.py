@@ -229,22 +229,32 @@ def games(groups: Sequence[Group], *, between: str, tie: float, samples: int) ->
     Source: Bradley and Terry 1952; on the scale of Elo 1978, 400 points for odds of ten to one.
     """
     out = Selected()
-    models = sorted({item.model for group in groups for item in group})
+    name = _named({(item.model, str(item.by.get("weights", ""))) for group in groups for item in group})
+    models = sorted(set(name.values()))
     number = {model: i for i, model in enumerate(models)}
     played: list[list[tuple[int, int, float]]] = []  # by prompt
     for group in groups:
-        met = [(a, b) for a, b in combinations(group, 2) if between == "completions" or a.model != b.model]
-        played.append([(number[a.model], number[b.model], _outcome(a, b, tie)) for a, b in met if a.model != b.model])
+        by = [name[item.model, str(item.by.get("weights", ""))] for item in group]
+        every = combinations(range(len(group)), 2)
+        met = [(i, j) for i, j in every if between == "completions" or by[i] != by[j]]
+        won = {(i, j): _outcome(group[i], group[j], tie) for i, j in met}
+        played.append([(number[by[i]], number[by[j]], won[i, j]) for i, j in met if by[i] != by[j]])
         out.rows += [
-            {"prompt": plain_prompt(a.prompt), "a": a.completion, "b": b.completion, "outcome": _outcome(a, b, tie),
-             "model_a": a.model, "model_b": b.model}
-            for a, b in met if a.completion != b.completion
+            {"prompt": plain_prompt(group[i].prompt), "a": group[i].completion, "b": group[j].completion,
+             "outcome": won[i, j], "model_a": by[i], "model_b": by[j]}
+            for i, j in met if group[i].completion != group[j].completion
         ]  # fmt: skip
         if not met:
             out.leave_out(group, NO_RIVAL if between == "models" else ALONE)
     if any(played):
         out.figures = {"ratings": ratings(models, played, samples)}
     return out
+
+
+def _named(players: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Model and weights of each player -> its name: the model's, with its weights where it played with several."""
+    models = [model for model, _ in players]
+    return {(model, own): model if models.count(model) == 1 else f"{model} ({own})" for model, own in players}
 
 
 def _outcome(a: Candidate, b: Candidate, tie: float) -> float:

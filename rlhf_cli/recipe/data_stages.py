@@ -14,7 +14,7 @@ from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.recipe.settings.revise import ReviseSettings
 from rlhf_cli.recipe.settings.rewards import RewardSettings
-from rlhf_cli.recipe.settings.rollout import SamplingSettings
+from rlhf_cli.recipe.settings.rollout import MOST, SamplingSettings
 from rlhf_cli.recipe.work import Work
 
 
@@ -31,7 +31,10 @@ class GateSettings(Checked):
     def contradictions(self) -> Iterator[str]:
         yield from self.unread(("max_bad_rows",), "on_bad_row", "drop")
         for key in ("prompts", "completions"):
-            for i, one in enumerate(getattr(self, key, None) or []):
+            sources = getattr(self, key, None) or []
+            for i, one in enumerate(sources):
+                if one in sources[:i]:
+                    yield f"{key}.{i} is the same source as {key}.{sources.index(one)}: name it once"
                 if one.weight != 1:
                     yield f"{key}.{i}.weight is not read: it says how often an epoch of training passes over a source"
 
@@ -73,7 +76,7 @@ class SampleRecipe(Work):
     """How it writes."""
     rewards: list[RewardSettings] = []
     """What scores the completions; only read with best_of."""
-    best_of: Annotated[int, Field(ge=2)] | None = None
+    best_of: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Sample so many completions of each prompt and keep the one with the highest score."""
     revise: ReviseSettings | None = None
     """Have the model criticise each completion by a principle and write it anew; what comes last is the completion."""
@@ -108,6 +111,10 @@ class SampleRecipe(Work):
                 yield "best_of needs rewards to choose by"
             if self.rollout.completions_per_prompt > 1:
                 yield "best_of keeps one completion of a prompt: leave rollout.completions_per_prompt out"
+            if self.rollout.temperature == 0:
+                yield "best_of has nothing to choose from: rollout.temperature is 0, which gives the same every time"
+            if self.revise is not None:
+                yield "revise does not go together with best_of: sample, revise, then `rlhf score` and `rlhf select`"
         yield from scored_once(self.rewards)
 
 

@@ -132,12 +132,13 @@ def _interval(found: dict[str, Any], low: str, high: str, form: str = "") -> str
 # --- the page --------------------------------------------------------------------------------------------
 
 
-def write_evaluation(run_path: Path) -> Path:
-    """Write report.html from eval.json and run.json; the same files give the same page. Raises ModelError."""
+def write_evaluation(run_path: Path, target: Path | None = None) -> Path:
+    """Write report.html, or `target`, from eval.json and run.json; the same files give the same page. Raises
+    ModelError."""
     found, run = read_json(run_path / FIGURES), read_json(run_path / "run.json")
     head = f"<h1>{escape(run_path.name)} <small>eval of {escape(str(found['model']))}</small></h1>"
     parts = [head, *(table(title, names, rows) for title, names, rows in tables(found)), _pictures(found)]
-    return write_page(run_path / "report.html", f"{run_path.name} - {run.get('stage', '')}", parts)
+    return write_page(target or run_path / "report.html", f"{run_path.name} - {run.get('stage', '')}", parts)
 
 
 def _pictures(found: dict[str, Any]) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_cli.report.evaluation import FIGURES
 from rlhf_cli.report.parts import shown
-from rlhf_cli.report.plots import HUES, Curve, drawn, moving
+from rlhf_cli.report.plots import HUES, Curve, drawn
 from rlhf_cli.report.story import SUMMARY, Story, sound
 
 STROKES: tuple[tuple[int, ...], ...] = ((), (5, 2), (2, 2), (7, 2, 2, 2))
@@ -30,13 +30,13 @@ Member = tuple[int, Curve]
 """A curve and the number of its run."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Points that a run went through, and what the page says of them."""
+class Trace(NamedTuple):
+    """Points that a run went through, or those of the models it compared."""
 
-    run: int
-    across: tuple[float, ...]
-    up: tuple[float, ...]
+    across: Sequence[float]
+    up: Sequence[float]
+    models: Sequence[str] = ()
+    """Their names, where each point is a model."""
 
 
 def hue(run: int) -> str:
@@ -48,8 +48,8 @@ def key(run: int) -> str:
     """A piece of the line of a run."""
     dashes = " ".join(map(str, _stroke(run)))
     return (
-        f'<svg class="key" viewBox="0 0 30 8" aria-hidden="true"><line x1="1" y1="4" x2="29" y2="4" stroke="{hue(run)}" '
-        f'stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
+        f'<svg class="key" viewBox="0 0 30 8" aria-hidden="true"><line x1="1" y1="4" x2="29" y2="4" '
+        f'stroke="{hue(run)}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
     )
 
 
@@ -61,19 +61,28 @@ def panel(title: str, members: Sequence[Member], called: Sequence[str]) -> str:
     return _cell(title, picture, notes)
 
 
-def frontier(stories: Sequence[Story]) -> list[str]:
-    """Panels of score against KL, for the runs that know both: while training, on held-out prompts, by rlhf eval, and
-    of the best of n (KL at most log n - (n - 1) / n, arXiv:2401.01879)."""
-    sources = (
-        ("Score against KL, while training", [_met(s, "objective/kl", "objective/scores") for s in stories]),
+def travelled(found: Sequence[Mapping[str, Curve]]) -> list[str]:
+    """Panels of score against KL, for the runs that know both: while training and on held-out prompts."""
+    return _trades((
+        ("Score against KL, while training", [_met(one, "objective/kl", "objective/scores") for one in found]),
         ("Score against KL, on held-out prompts",
-         [_met(s, "eval/objective/kl", "eval/objective/scores") for s in stories]),
-        ("Score against KL, by rlhf eval", [sound(s.path / FIGURES, lambda s=s: _evaluated(s)) for s in stories]),
-        ("Score against the most KL, best of n", [sound(s.path / SUMMARY, lambda s=s: _best_of(s)) for s in stories]),
-    )  # fmt: skip
+         [_met(one, "eval/objective/kl", "eval/objective/scores") for one in found]),
+    ))  # fmt: skip
+
+
+def reached(stories: Sequence[Story]) -> list[str]:
+    """The same of the models of `rlhf eval`, and of the best of n, whose KL is at most log n - (n - 1) / n (Beirami et
+    al. 2024, arXiv:2401.01879)."""
+    return _trades((
+        ("Score against KL, by rlhf eval", [sound(s.path / FIGURES, partial(_evaluated, s)) for s in stories]),
+        ("Score against the most KL, best of n", [sound(s.path / SUMMARY, partial(_best_of, s)) for s in stories]),
+    ))  # fmt: skip
+
+
+def _trades(sources: Iterable[tuple[str, Sequence[Trace]]]) -> list[str]:
     cells = []
     for title, found in sources:
-        traces = [Trace(n, *points) for n, points in enumerate(found) if points[0]]
+        traces = [(n, trace) for n, trace in enumerate(found) if trace.across]
         if traces:
             cells.append(_cell(title, drawn(title, lambda axes, t=traces: _draw_traces(axes, t)), ()))  # type: ignore[misc]
     return cells
@@ -86,7 +95,7 @@ def marked(text: str) -> str:
 
 def thinned(curve: Curve, most: int = _POINTS) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps, means, lowest and highest values of at most `most` stretches of a curve; NaN where none is finite."""
-    width = math.ceil(len(curve.steps) / most)
+    width = max(1, math.ceil(len(curve.steps) / most))
     steps, means, low, high = [], list[float](), list[float](), list[float]()
     for start in range(0, len(curve.steps), width):
         finite = [v for v in curve.values[start : start + width] if math.isfinite(v)] or [math.nan]
@@ -95,6 +104,18 @@ def thinned(curve: Curve, most: int = _POINTS) -> tuple[list[int], list[float], 
         low.append(min(finite))
         high.append(max(finite))
     return steps, means, low, high
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a twentieth of the values around each, fewer towards the ends, which stay as they are; NaN where a
+    value is."""
+    most, last = len(values) // 40, len(values) - 1
+    out = []
+    for i, value in enumerate(values):
+        half = min(most, i, last - i)
+        near = [v for v in values[i - half : i + half + 1] if math.isfinite(v)]
+        out.append(math.fsum(near) / len(near) if math.isfinite(value) else math.nan)
+    return out
 
 
 # --- drawing ---------------------------------------------------------------------------------------------
@@ -129,64 +150,68 @@ def _draw(axes: Any, members: Sequence[Member]) -> None:
         elif len(line) >= _SMOOTHED and not curve.held_out:
             axes.plot(steps, line, alpha=0.3, linewidth=0.7, **faint)
         if len(line) >= _SMOOTHED and not curve.held_out:
-            line = moving(line, len(line) // 20)
+            line = smoothed(line)
         points = {"marker": "o", "markersize": 3.5} if len(line) <= _FEW or curve.held_out else {}
         axes.plot(steps, line, linewidth=1.6, **style, **points)
         for step in curve.wild[:50]:
             axes.axvline(step, linewidth=1, linestyle=":", **faint)
 
 
-def _draw_traces(axes: Any, traces: Sequence[Trace]) -> None:
-    """Each trace from an open circle to a full one."""
+def _draw_traces(axes: Any, traces: Sequence[tuple[int, Trace]]) -> None:
+    """Each trace from an open circle to a full one; models as points with their names."""
     axes.set_xlabel("KL to the reference, nats")
     axes.set_ylabel("score")
-    for trace in traces:
-        style = _style(trace.run)
-        axes.plot(trace.across, trace.up, linewidth=1.4, **style)
-        ends = {"color": style["color"], "gid": style["gid"], "marker": "o", "markersize": 5.5, "linestyle": ""}
-        axes.plot(trace.across[:1], trace.up[:1], **ends, markerfacecolor="none")
-        axes.plot(trace.across[-1:], trace.up[-1:], **ends)
+    axes.margins(0.12)
+    for run, trace in traces:
+        style = _style(run)
+        own = {"color": style["color"], "gid": style["gid"]}
+        circle = {**own, "marker": "o", "markersize": 5.5, "linestyle": ""}
+        if trace.models:
+            axes.plot(trace.across, trace.up, **circle)
+        else:
+            axes.plot(trace.across, trace.up, linewidth=1.4, **style)
+            axes.plot(trace.across[:1], trace.up[:1], **circle, markerfacecolor="none")
+            axes.plot(trace.across[-1:], trace.up[-1:], **circle)
+        for x, y, name in zip(trace.across, trace.up, trace.models, strict=False):
+            axes.annotate(name, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, **own)
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------
 
-Points = tuple[tuple[float, ...], tuple[float, ...]]
 
-
-def _met(story: Story, across: str, up: str) -> Points:
+def _met(found: Mapping[str, Curve], across: str, up: str) -> Trace:
     """Two metrics at the steps that have both, smoothed where they are many."""
-    if across not in story.curves or up not in story.curves:
-        return (), ()
-    other = dict(zip(story.curves[up].steps, story.curves[up].values, strict=True))
-    pairs = [(x, other[step]) for step, x in zip(story.curves[across].steps, story.curves[across].values, strict=True)
+    if across not in found or up not in found:
+        return Trace((), ())
+    other = dict(zip(found[up].steps, found[up].values, strict=True))
+    pairs = [(x, other[step]) for step, x in zip(found[across].steps, found[across].values, strict=True)
              if step in other and math.isfinite(x) and math.isfinite(other[step])]  # fmt: skip
-    found = tuple(
-        thinned(Curve("", tuple(range(len(pairs))), tuple(pair[i] for pair in pairs)))[1] if pairs else []
-        for i in range(2)
-    )
-    smooth = [moving(line, max(1, len(line) // 20)) for line in found]
-    return tuple(smooth[0]), tuple(smooth[1])
+    steps = tuple(range(len(pairs)))
+    lines = [thinned(Curve("", steps, tuple(pair[i] for pair in pairs)))[1] for i in range(2)]
+    return Trace(smoothed(lines[0]), smoothed(lines[1]))
 
 
-def _evaluated(story: Story) -> Points:
-    """The models of an evaluation that was given a reference and rewards, by growing KL."""
-    models = story.figures.get("models", {}).values()
-    found = sorted((float(m["kl"]["mean"]), float(m["score"]["mean"])) for m in models if "kl" in m and "score" in m)
-    return tuple(x for x, _ in found), tuple(y for _, y in found)
+def _evaluated(story: Story) -> Trace:
+    """The models of an evaluation that was given a reference and rewards."""
+    models = story.figures.get("models", {}).items()
+    found = [
+        (name, float(m["kl"]["mean"]), float(m["score"]["mean"])) for name, m in models if "kl" in m and "score" in m
+    ]
+    return Trace([x for _, x, _ in found], [y for _, _, y in found], [name for name, _, _ in found])
 
 
-def _best_of(story: Story) -> Points:
+def _best_of(story: Story) -> Trace:
     rows = story.summary.get("best_of_n", [])
-    return tuple(float(row["kl_bound"]) for row in rows), tuple(float(row["score"]) for row in rows)
+    return Trace([float(row["kl_bound"]) for row in rows], [float(row["score"]) for row in rows])
 
 
 # --- time ------------------------------------------------------------------------------------------------
 
 
-def phases(stories: Sequence[Story]) -> str:
+def phases(found: Sequence[Mapping[str, Curve]], called: Sequence[str]) -> str:
     """Seconds a step by phase, as bars of one scale; nothing where no run logged them."""
-    spent = {n: {name[5:].removesuffix("_s"): _mean(curve) for name, curve in story.curves.items()
-                 if name.startswith("time/")} for n, story in enumerate(stories)}  # fmt: skip
+    spent = {n: {name[5:].removesuffix("_s"): _mean(curve) for name, curve in one.items() if name.startswith("time/")}
+             for n, one in enumerate(found)}  # fmt: skip
     spent = {n: one for n, one in spent.items() if one}
     longest = max((sum(one.values()) for one in spent.values()), default=0.0)
     if not longest > 0:
@@ -198,7 +223,7 @@ def phases(stories: Sequence[Story]) -> str:
         pieces = "".join(f'<i style="width:{100 * one[name] / longest:.2f}%;background:{hue(i)}"></i>'
                          for i, name in enumerate(order) if name in one)  # fmt: skip
         words = ", ".join(f"{name} {shown(one[name])} s" for name in order if name in one)
-        rows.append(f'<div class="run{n}"><b>{escape(stories[n].name)}</b> {escape(words)}<div class="bar">{pieces}'
+        rows.append(f'<div class="run{n}"><b>{escape(called[n])}</b> {escape(words)}<div class="bar">{pieces}'
                     "</div></div>")  # fmt: skip
     return f'<h2>Time of a step by phase</h2><p class="phases">{legend}</p><div class="fact">{"".join(rows)}</div>'
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.report.overlay import phases, travelled
 from rlhf_cli.report.parts import shown, side, table, text_of, write_page
 from rlhf_cli.report.plots import Curve, curves, grouped, svg
 from rlhf_cli.report.postmortem import PAGE
+from rlhf_cli.report.sections import figures, findings
+from rlhf_cli.report.story import REPORT, SUMMARY, read_events
 from rlhf_cli.runs.metrics import number, read_lines
 
 
-def write_report(run_path: Path, seconds: float | None = None) -> Path:
+def write_report(run_path: Path, seconds: float | None = None, target: Path | None = None) -> Path:
     """Write report.html from what lies in a run directory; the same files give the same page.
 
     Args:
         run_path: the run; run.json must be there, everything else may be missing.
         seconds: how long the run took; None: not shown.
+        target: where to write the page; None: report.html of the run.
 
     Returns:
         Its path. Raises ModelError when a file is damaged or the disk refuses.
@@ -28,28 +34,48 @@ def write_report(run_path: Path, seconds: float | None = None) -> Path:
     run = read_json(run_path / "run.json")
     rows = read_lines(run_path / "metrics.jsonl")
     found = curves(rows)
+    target = target or run_path / REPORT
+    by_name = {curve.name: curve for curve in found}
+    summary = run_path / SUMMARY
     parts = [
         _head(run_path, run),
-        _postmortem(run_path),
-        _facts(run, rows, found, seconds),
+        _postmortem(run_path, target),
+        _facts(run, rows, found, seconds) if run.get("role") != "data" else "",
+        figures("Figures", ("", ""), [read_json(summary)]) if summary.is_file() else "",
         _held_out(found),
+        _health(run_path),
+        _frontier(by_name),
         _panels(found),
+        phases([by_name], [run_path.name]),
         _samples(read_lines(run_path / "samples.jsonl")),
         _data(run_path / "data-report.json"),
         _recipe(run_path / "recipe.yaml"),
     ]
-    return write_page(run_path / "report.html", f"{run_path.name} - {run.get('stage', '')}", parts)
+    return write_page(target, f"{run_path.name} - {run.get('stage', '')}", parts)
 
 
 def _head(path: Path, run: dict[str, Any]) -> str:
     return f"<h1>{escape(path.name)} <small>{escape(str(run.get('stage', '')))}</small></h1>"
 
 
-def _postmortem(path: Path) -> str:
+def _postmortem(path: Path, target: Path) -> str:
     """The way to the page about what went wrong, where there is one."""
+    way = quote(os.path.relpath(path / PAGE, target.parent))
     if not (path / PAGE).is_file():
         return ""
-    return f'<p class="wild">The doctor stepped in during this run: <a href="{PAGE}">post-mortem</a>.</p>'
+    return f'<p class="wild">The doctor stepped in during this run: <a href="{way}">post-mortem</a>.</p>'
+
+
+def _health(path: Path) -> str:
+    """What the doctor found, in its words."""
+    words = findings(read_events(path))
+    return f"<h2>Health</h2>{words}" if words else ""
+
+
+def _frontier(found: dict[str, Curve]) -> str:
+    """Reward against KL, where the run knows both."""
+    cells = travelled([found])
+    return f'<h2>Reward against KL</h2><div class="panels">{"".join(cells)}</div>' if cells else ""
 
 
 def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]], found: Sequence[Curve], seconds: float | None) -> str:

@@ -40,6 +40,21 @@ td, th { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; 
 th:not(:first-child), td.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem; overflow-x: auto;
   font: 13px/1.45 ui-monospace, monospace; }
+.legend { position: sticky; top: 0; z-index: 1; background: var(--back); padding: .5rem 0; margin: 1rem 0 0;
+  max-height: 30vh; overflow-y: auto; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem;
+  border-bottom: 1px solid var(--line); }
+.legend label { display: inline-flex; align-items: center; gap: .35rem; overflow-wrap: anywhere; }
+.legend input { display: none; margin: 0; } @supports selector(:has(*)) { .legend input { display: inline; } }
+svg.key { width: 1.9rem; height: .5rem; display: inline-block; flex: none; vertical-align: .12em; }
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(240px, 100%), 1fr)); }
+.cards > div { background: var(--mark); border-radius: 6px; padding: .5rem .7rem; min-width: 0; }
+.cards h3 { overflow-wrap: anywhere; } .cards > div > div { margin-top: .5rem; } .cards .pair > div { padding: 0; }
+summary { cursor: pointer; margin: 1rem 0 .6rem; }
+.phases span { margin-right: 1rem; } .phases i { display: inline-block; width: .8rem; height: .8rem;
+  margin-right: .35rem; border-radius: 2px; } .fact > div + div { margin-top: .6rem; }
+.fact > div > b { display: inline; }
+@media (min-width: 700px) { .scroll :is(td, th):first-child { position: sticky; left: 0; background: var(--card); } }
+.bar { display: flex; height: .8rem; margin-top: .2rem; border-radius: 3px; overflow: hidden; } .bar i { height: 100%; }
 """
 
 
@@ -89,7 +104,7 @@ def text_of(value: Any) -> str:
 
 
 def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table under its title, its first column words and the others numbers; nothing without rows."""
+    """A table under its title, if it has one, its first column words and the others numbers; nothing without rows."""
     body = "".join(
         "<tr>"
         + "".join(f"<td{'' if i == 0 else ' class=n'}>{escape(cell)}</td>" for i, cell in enumerate(row))
@@ -99,4 +114,5 @@ def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> st
     if not body:
         return ""
     head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>" if any(names) else ""
-    return f'<h2>{escape(title)}</h2><div class="scroll"><table>{head}{body}</table></div>'
+    name = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'{name}<div class="scroll"><table>{head}{body}</table></div>'

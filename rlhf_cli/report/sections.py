@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
+from rlhf_cli.catalog import STAGES
 from rlhf_cli.report.overlay import key
 from rlhf_cli.report.parts import shown, side, table, text_of
 from rlhf_cli.report.plots import Curve
@@ -17,6 +19,8 @@ PROMPTS = 12
 FINDINGS = 30
 """Of each run so many findings, the newest ones."""
 _ABSENT = "\N{EM DASH}"
+_TIED = "\N{NO-BREAK SPACE}"
+_NOTHING = {_ABSENT, "null", "[]", "{}"}
 _OWN_PLACE = "output_dir"
 
 
@@ -27,15 +31,21 @@ def overview(stories: Sequence[Story]) -> str:
         model, objective = (story.meaning.get(block) or {} for block in ("model", "objective"))
         lora = story.meaning.get("lora")
         peak = story.curves.get("mem/peak_gib")
-        trained = f"adapter of rank {lora['r']}" if lora else "all weights" if story.curves else ""
+        trained = f"LoRA, rank {lora['r']}" if lora else "all weights" if story.curves else ""
         rows.append((
-            story.name, story.stage, str(model.get("name_or_path", "")), str(objective.get("name", "")), trained,
+            story.name, story.stage, str(model.get("name_or_path", "")), str(objective.get("name", "")),
+            trained.replace(" ", _TIED),
             shown(story.steps) if story.curves else "", shown(story.tokens),
-            shown(peak.values[-1]) if peak else "", "done" if story.done else "not finished",
+            shown(peak.values[-1]) if peak else "", "done" if story.done else f"not{_TIED}finished",
         ))  # fmt: skip
     names = ("run", "command", "model", "objective", "trained", "steps", "tokens", "peak memory, GiB", "state")
+    return _used("Runs", names, rows)
+
+
+def _used(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of the columns in which something stands."""
     used = [i for i in range(len(names)) if any(row[i] for row in rows)]
-    return table("Runs", [names[i] for i in used], [[row[i] for i in used] for row in rows])
+    return table(title, [names[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def held_out(stories: Sequence[Story]) -> str:
@@ -47,27 +57,39 @@ def held_out(stories: Sequence[Story]) -> str:
 
 
 def _ends(curve: Curve | None) -> str:
-    return f"{shown(curve.values[0])} to {shown(curve.values[-1])}" if curve else _ABSENT
+    return f"{shown(curve.values[0])} to {shown(curve.values[-1])}".replace(" ", _TIED) if curve else _ABSENT
 
 
 # --- settings --------------------------------------------------------------------------------------------
 
 
 def settings(stories: Sequence[Story]) -> str:
-    """The recipe keys that differ; those of blocks that not every recipe has are folded away."""
+    """The recipe keys that differ: of all runs that train in one table, of the others in one for each command."""
+    kinds: dict[str, list[Story]] = {}
+    for story in stories:
+        trains = story.stage in STAGES and STAGES[story.stage].trains
+        kinds.setdefault("" if trains else story.stage, []).append(story)
+    return "".join(
+        _differing(f"Settings that differ, rlhf {stage}" if stage else "Settings that differ", members)
+        for stage, members in kinds.items()
+        if len(members) > 1
+    )
+
+
+def _differing(title: str, stories: Sequence[Story]) -> str:
+    """Keys that a command lacks, and in which the others agree, are folded away."""
     found = [dict(leaves(story.recipe)) for story in stories]
-    blocks = [set(story.recipe) for story in stories]
-    shared, lone = [], []
+    shared: list[tuple[str, ...]] = []
+    lone: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for one in found for name in one):
         values = [one.get(name, _ABSENT) for one in found]
-        block = name.split(".")[0]
-        if len(set(values)) > 1 and block != _OWN_PLACE:
-            (shared if all(block in known for known in blocks) else lone).append((name, *values))
+        having = {story.stage for story, one in zip(stories, found, strict=True) if name in one}
+        within = {value for story, value in zip(stories, values, strict=True) if story.stage in having}
+        if len(set(values)) > 1 and not set(values) <= _NOTHING and name != _OWN_PLACE:
+            (shared if len(within) > 1 else lone).append((name, *values))
     names = ("key", *(story.name for story in stories))
-    said = table("Settings that differ", names, shared)
-    if not said and any(found):
-        said = "<h2>Settings that differ</h2><p>None of those that all recipes have.</p>"
-    return said + folded("Settings of blocks that not every recipe has", table("", names, lone))
+    said = table(title, names, shared) or f"<h2>{escape(title)}</h2><p>None.</p>"
+    return said + folded("Settings that some of the commands do not have", table("", names, lone))
 
 
 def folded(title: str, content: str) -> str:
@@ -82,16 +104,18 @@ def data(stories: Sequence[Story]) -> str:
     """Sources and tokens of all runs, and what there was to say of them."""
     sources: list[tuple[str, ...]] = []
     tokens: list[tuple[str, ...]] = []
-    words = []
+    words: list[str] = []
     for story in stories:
-        path = story.path / "data-report.json"
-        sources += sound(path, lambda s=story: list(_sources(s)))  # type: ignore[misc]
-        tokens += sound(path, lambda s=story: list(_tokens(s)))  # type: ignore[misc]
-        words += sound(path, lambda s=story: [f"{s.name}: {text}" for text in _remarks(s.data)])  # type: ignore[misc]
+        found = sound(story.path / "data-report.json", partial(_data, story))
+        sources, tokens, words = sources + found[0], tokens + found[1], words + found[2]
     remarks = f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in words)}</ul>" if words else ""
-    first = table("Data", ("run", "split", "path", "format", "rows", "kept", "dropped"), sources)
+    first = _used("Data", ("run", "split", "path", "format", "rows", "kept", "dropped"), sources)
     lengths = ("run", "split", "samples", "prompt, mean / 95 % / max", "completion, mean / 95 % / max", "tokens")
-    return first + remarks + folded("Lengths in tokens", table("", lengths, tokens))
+    return first + remarks + folded("Lengths in tokens", _used("", lengths, tokens))
+
+
+def _data(story: Story) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
+    return list(_sources(story)), list(_tokens(story)), [f"{story.name}: {text}" for text in _remarks(story.data)]
 
 
 def _sources(story: Story) -> Iterator[tuple[str, ...]]:
@@ -137,12 +161,11 @@ def samples(stories: Sequence[Story]) -> str:
 def _sample(prompt: str, found: dict[int, list[dict[str, Any]]], stories: Sequence[Story]) -> str:
     cards = []
     for n, records in found.items():
-        ends = [records[0], records[-1]] if len(records) > 1 else records
-        name = f"<h3>{key(n)} {escape(stories[n].name)}</h3>"
-        cards.append(f'<div class="run{n}">{name}{"".join(map(side, ends))}</div>')
-    return (
-        f'<div class="sample"><p class="text prompt">{escape(prompt)}</p><div class="cards">{"".join(cards)}</div></div>'
-    )
+        ends = "".join(map(side, [records[0], records[-1]] if len(records) > 1 else records))
+        texts = ends if len(found) > 1 else f'<div class="pair">{ends}</div>'
+        cards.append(f'<div class="run{n}"><h3>{key(n)} {escape(stories[n].name)}</h3>{texts}</div>')
+    said = f'<p class="text prompt">{escape(prompt.strip())}</p>'
+    return f'<div class="sample">{said}<div class="cards">{"".join(cards)}</div></div>'
 
 
 # --- health ----------------------------------------------------------------------------------------------
@@ -150,16 +173,17 @@ def _sample(prompt: str, found: dict[int, list[dict[str, Any]]], stories: Sequen
 
 def health(stories: Sequence[Story]) -> str:
     """What the doctor found, in its words."""
-    parts = []
-    for n, story in enumerate(stories):
-        shown_ones = story.events[-FINDINGS:]
-        left = len(story.events) - len(shown_ones)
-        items = [f"<li>{left} earlier ones are in doctor.jsonl</li>"] if left else []
-        items += [f"<li><b>{escape(title)}</b> {escape('; '.join(words))}</li>" for title, words in shown_ones]
-        name = f"<h3>{escape(story.name)}</h3>" if len(stories) > 1 else ""
-        if items:
-            parts.append(f'<div class="run{n}">{name}<ul>{"".join(items)}</ul></div>')
+    parts = [f'<div class="run{n}"><h3>{key(n)} {escape(story.name)}</h3>{findings(story.events)}</div>'
+             for n, story in enumerate(stories) if story.events]  # fmt: skip
     return f"<h2>Health</h2>{''.join(parts)}" if parts else ""
+
+
+def findings(events: Sequence[tuple[str, list[str]]]) -> str:
+    """What was found or done in one run, the newest ones."""
+    left = len(events) - len(events[-FINDINGS:])
+    items = [f"<li>{left} earlier ones are in doctor.jsonl</li>"] if left else []
+    items += [f"<li><b>{escape(title)}</b> {escape('; '.join(words))}</li>" for title, words in events[-FINDINGS:]]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 # --- figures of runs that do not train -------------------------------------------------------------------
@@ -170,12 +194,16 @@ def summaries(stories: Sequence[Story]) -> str:
     parts = []
     for stage in dict.fromkeys(s.stage for s in stories if s.summary):
         runs = [s for s in stories if s.stage == stage and s.summary]
-        found = [dict(leaves(s.summary)) for s in runs]
-        rows = [(name.replace("_", " "), *(_figure(one.get(name)) for one in found))
-                for name in dict.fromkeys(name for one in found for name in one)]  # fmt: skip
-        title = f"rlhf {stage}" if len(stories) > 1 else "Figures"
-        parts.append(table(title, ("", *(s.name for s in runs)), [row for row in rows if any(row[1:])]))
+        parts.append(figures(f"rlhf {stage}", ("", *(s.name for s in runs)), [s.summary for s in runs]))
     return "".join(parts)
+
+
+def figures(title: str, names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> str:
+    """The figures of summary.json of some runs, a column each."""
+    found = [dict(leaves(summary)) for summary in summaries]
+    rows = [(name.replace("_", " "), *(_figure(one.get(name)) for one in found))
+            for name in dict.fromkeys(name for one in found for name in one)]  # fmt: skip
+    return table(title, names, [row for row in rows if any(row[1:])])
 
 
 def _figure(text: str | None) -> str:
@@ -184,7 +212,7 @@ def _figure(text: str | None) -> str:
     try:
         return shown(number(float(text)))
     except ValueError:
-        return "" if text == "{}" else text
+        return "" if text in _NOTHING else text
 
 
 def evaluations(stories: Sequence[Story]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,21 +83,26 @@ def read_all(given: Sequence[str]) -> list[Story]:
 def read_story(path: Path, name: str) -> Story:
     """A run by its files. Raises ModelError for one that is damaged."""
     run = sound(path / "run.json", lambda: read_json(path / "run.json"))
-    meaning = run.get("recipe", {})
-    if not isinstance(meaning, dict):
+    stage, meaning = run.get("stage"), run.get("recipe", {})
+    if not isinstance(stage, str) or not isinstance(meaning, dict):
         raise damaged(path / "run.json")
     rows = sound(path / "metrics.jsonl", lambda: read_lines(path / "metrics.jsonl"))
     found = sound(path / "metrics.jsonl", lambda: _curves(rows))
     last = rows[-1] if rows else {}
     figures = _object(path / FIGURES)
     return Story(
-        path, name, str(run.get("stage", "")), (path / "DONE").is_file(), meaning, _recipe(path / "recipe.yaml"),
+        path, name, stage, (path / "DONE").is_file(), meaning, _recipe(path / "recipe.yaml"),
         {curve.name: curve for curve in found}, int(last.get("step", 0)), number(last.get("num_tokens")),
         sound(path / "samples.jsonl", lambda: read_lines(path / "samples.jsonl")),
-        sound(path / EVENTS, lambda: [_event(event) for event in read_lines(path / EVENTS)]),
+        read_events(path),
         _object(path / "data-report.json"), _object(path / SUMMARY), figures,
         sound(path / FIGURES, lambda: list(tables(figures))),
     )  # fmt: skip
+
+
+def read_events(path: Path) -> list[tuple[str, list[str]]]:
+    """What the doctor of a run found or did: a title and sentences, in order. Raises ModelError."""
+    return sound(path / EVENTS, lambda: [_event(event) for event in read_lines(path / EVENTS)])
 
 
 def sound(path: Path, make: Callable[[], Made]) -> Made:
@@ -123,7 +129,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for place, inner in enumerate(value, start=1):
             yield from leaves(inner, f"{prefix}.{place}")
     elif isinstance(value, list):
-        yield prefix, ", ".join(map(_said, value))
+        yield prefix, ", ".join(map(_said, value)) or "[]"
     else:
         yield prefix, _said(value)
 
@@ -146,6 +152,8 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 def _is_run(path: Path, text: str) -> None:
     """Raises RecipeError when there is no run at a path."""
+    if not text.strip():
+        raise RecipeError("an empty name is no run", "rlhf report", "name a run directory")
     try:
         there, folder, run = path.exists(), path.is_dir(), (path / "run.json").is_file()
         inside = sorted(p for p in path.iterdir() if (p / "run.json").is_file()) if folder and not run else []
@@ -198,4 +206,6 @@ def _said(value: Any) -> str:
     """A value as a recipe spells it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and (value != value.strip() or "\n" in value or not value):
+        return json.dumps(value, ensure_ascii=False)
     return "{}" if value == {} else str(value)

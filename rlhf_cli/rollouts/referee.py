@@ -37,6 +37,8 @@ class Opinion(NamedTuple):
     """Probability that a is better, asked with a in the first place."""
     second: float | None
     """The same, asked with a in the second place; None when it was not asked."""
+    mass: float = 1.0
+    """Probability that it says one of the labels at all, the mean of both orders."""
 
     @property
     def probability(self) -> float:
@@ -74,18 +76,18 @@ class Referee:
         """The opinion on each match. role: the judge's weights."""
         first = self._ask([self.question(match, swapped=False) for match in matches], role, infer)
         if not self.settings.both_orders:
-            return [Opinion(p, None) for p in first]
+            return [Opinion(p, None, mass) for p, mass in first]
         second = self._ask([self.question(match, swapped=True) for match in matches], role, infer)
-        return [Opinion(p, 1 - q) for p, q in zip(first, second, strict=True)]
+        return [Opinion(p, 1 - q, (m + n) / 2) for (p, m), (q, n) in zip(first, second, strict=True)]
 
-    def _ask(self, questions: Sequence[Sample], role: Role, infer: Infer) -> list[float]:
-        """Probability of the first label, given that one of the two is said."""
+    def _ask(self, questions: Sequence[Sample], role: Role, infer: Infer) -> list[tuple[float, float]]:
+        """Probability of the first label given that one of the two is said, and that one of them is."""
         parts = infer(role, questions, lambda batch: role.logp(batch, statistics="none").logp, "token")
-        return [self._first(part) for part in parts]
+        return [self._said(part) for part in parts]
 
-    def _first(self, logp: Tensor) -> float:
+    def _said(self, logp: Tensor) -> tuple[float, float]:
         one, other = (part.double().sum() for part in logp.split([len(label) for label in self.labels]))
-        return float(torch.sigmoid(one - other))
+        return float(torch.sigmoid(one - other)), float(one.exp() + other.exp())
 
 
 def load_referee(settings: JudgeSettings, text: Text) -> Referee:

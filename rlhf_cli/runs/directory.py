@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.catalog import STAGES
+from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.recipe.lineage import differences
 from rlhf_cli.recipe.model_path import read_json
@@ -65,6 +66,11 @@ class Run:
         """
         path = Path(recipe.output_dir)
         trackers.require(recipe.trackers)
+        if resume not in ("auto", "never") and not STAGES[recipe.stage].trains:
+            raise RecipeError(f"a run of rlhf {recipe.stage} has no checkpoints", f"--resume {resume}", "auto or never")
+        for above in path.absolute().parents:
+            if (above / "run.json").is_file():
+                raise RecipeError(f"lies inside the run {above}", f"output_dir {path}", "choose a place of its own")
         identity = identify(recipe)
         refuse_inputs_inside(path, identity)
         decision = decide(path, identity, resume)

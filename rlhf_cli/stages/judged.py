@@ -71,8 +71,29 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
         return judged(groups[start:stop], matches[start:stop], referee, judge, asked)
 
     sums = product.make(run, display, len(pieces), piece)
+    facts = summary(len(found.items), sums)
+    for line, bad in told(facts):
+        (display.warn if bad else display.note)(line)
     product.write_rows(run.path / COMPARISONS, product.made_rows(run, "more"))
-    product.finish(run, display, product.made_rows(run), summary(len(found.items), sums))
+    product.finish(run, display, product.made_rows(run), facts)
+
+
+UNHEARD = 0.1
+"""A judge that says its labels less often than this has not understood what it was asked."""
+
+
+def told(facts: dict[str, Any]) -> list[tuple[str, bool]]:
+    """What is to be known of the judge, and whether it is a warning."""
+    mass, flips = facts["label_probability"], facts["flips"]
+    lines = [(f"the judge says one of its labels with probability {mass:.3g}", False)]
+    if mass < UNHEARD:
+        lines = [(f"{lines[0][0]}: it does not know what it is asked, and its scores are noise; look at judge.labels, "
+                  "judge.question and its chat template", True)]  # fmt: skip
+    lines.append((f"position bias {facts['position_bias']:+.3f} (0: none, +-0.5: it always takes one place)", False))
+    if flips is not None:
+        words = f"the winner changes with the order in {100 * flips:.0f} % of the matches"
+        lines.append((words + (": it judges the place more than the text" if flips > 0.5 else ""), flips > 0.5))
+    return lines
 
 
 def matched(group: Group, referee: Referee, seed: int, first: int) -> list[tuple[int, int, Match]]:
@@ -108,7 +129,7 @@ def judged(
     opinions = iter(referee(every, judge, asked.infer) if every else [])
     rows: list[dict[str, Any]] = []
     more: list[dict[str, Any]] = []
-    figures = {"matches": float(len(every)), "first": 0.0, "flips": 0.0, "scored": 0.0, "questions": 0.0}
+    figures = {"matches": float(len(every)), "first": 0.0, "flips": 0.0, "scored": 0.0, "questions": 0.0, "mass": 0.0}
     for group, met in zip(groups, matches, strict=True):
         won: list[list[float]] = [[] for _ in group]
         for i, j, match in met:
@@ -125,6 +146,7 @@ def judged(
 
 def _count(figures: dict[str, float], opinion: Opinion) -> None:
     """How often the first place wins, and whether the winner changes with the order."""
+    figures["mass"] += opinion.mass
     figures["first"] += opinion.first
     figures["questions"] += 1
     if opinion.second is not None:
@@ -150,8 +172,9 @@ def comparison(match: Match, opinion: Opinion) -> dict[str, Any]:
 def summary(count: int, sums: dict[str, float]) -> dict[str, Any]:
     """The figures of the run."""
     questions, matches = max(sums["questions"], 1.0), max(sums["matches"], 1.0)
+    first = sums["first"] / questions
     return {
         "rows": count, "scored": int(sums["scored"]), "matches": int(sums["matches"]),
-        "first_place": sums["first"] / questions, "position_bias": sums["first"] / questions - 0.5,
+        "label_probability": sums["mass"] / matches, "first_place": first, "position_bias": first - 0.5,
         "flips": sums["flips"] / matches if sums["questions"] > sums["matches"] else None,
     }  # fmt: skip

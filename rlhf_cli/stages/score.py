@@ -17,7 +17,7 @@ from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.quarantine import bad_rows, refuse
 from rlhf_cli.data.rows import BadRow
 from rlhf_cli.data.tokens import Completion, Sample, length
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.device import micro_batch_range, pick_device
 from rlhf_cli.recipe.data_stages import ScoreRecipe
@@ -45,10 +45,16 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     text = load_text(recipe.model)
     data = recipe.data
     found = read_completions(data.completions, data.on_bad_row, data.max_bad_rows, scored=False)
+    if text.template.chat is None and any(not isinstance(item.prompt, str) for item in found.items):
+        raise ModelError("the tokenizer has no chat template, and prompts are chat messages", text.path.name,
+                         "give model.chat_template")  # fmt: skip
     items, samples, found = in_tokens(found, recipe, text)
     product.tell(found.report, display)
-    sampled = sum(sample_ids(item, text) is not None for item in items)
-    display.note(f"{len(items)} completions, {sampled} of them by the tokens that were sampled")
+    known = [sample_ids(item, text) is not None for item in items]
+    display.note(f"{len(items)} completions, {sum(known)} of them by the tokens that were sampled")
+    edited = sum(token_ids(item) is not None and not by_ids for item, by_ids in zip(items, known, strict=True))
+    if edited:
+        display.warn(f"{edited} completions are read by their text: the tokens beside them do not spell it here")
     tasks = [task_of(item) for item in items]
     checked = check_rewards(recipe.rewards, recipe.model, text, tasks, max(map(length, samples)))
     if options.dry_run:
@@ -104,8 +110,17 @@ def in_tokens(found: Completions, recipe: ScoreRecipe, text: Text) -> tuple[list
 
 
 def sample_ids(item: Candidate, text: Text) -> tuple[list[int], list[int]] | None:
-    """The tokens that were sampled, where they are those of this tokenizer and template."""
-    return token_ids(item) if item.by.get("template") == text.template.digest[:16] else None
+    """The tokens that were sampled, where they are those of this tokenizer and template and still spell the texts."""
+    ids = token_ids(item) if item.by.get("template") == text.template.digest[:16] else None
+    if ids is None or max(map(max, ids)) >= len(text.tokenizer):
+        return None
+    prompt, completion = ids
+    template = text.template
+    if template.decode(completion, after=prompt) != item.completion:
+        return None
+    whole, first = template.prompt_ids(item.prompt, item.where), template.first_length(prompt)
+    cut = prompt[first:]  # a long prompt may have lost its start
+    return ids if whole[len(whole) - len(cut) :] == cut else None
 
 
 def sample_of(item: Candidate, text: Text) -> Sample:
@@ -114,8 +129,6 @@ def sample_of(item: Candidate, text: Text) -> Sample:
     if ids is None:
         return retokenise(text.template, task_of(item), item.completion, finished=item.finished)
     prompt, completion = (np.array(part, dtype=np.int32) for part in ids)
-    if max(prompt.max(), completion.max()) >= len(text.tokenizer):
-        raise BadRow("'prompt_ids' and 'completion_ids' go beyond the vocabulary")
     return Sample(prompt, (Completion(completion, np.ones(len(completion), dtype=bool)),), {}, item.where)
 
 

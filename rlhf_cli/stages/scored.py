@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from rlhf_cli.catalog.entries import LARGEST
 from rlhf_cli.data.completions import Candidate, plain_prompt
+from rlhf_cli.errors import ModelError
 from rlhf_cli.rollouts.rewards import Infer, Reward, Rollout, Totals, total
 
 
 def judge(rewards: Sequence[Reward], rollout: Rollout, infer: Infer) -> Totals:
     """What ppo's evaluation says of the same completions. Raises ModelError and DivergedError."""
-    return total(rewards, rollout, infer, learn=False, moving=False)
+    totals = total(rewards, rollout, infer, learn=False, moving=False)
+    for name, part in {**totals.parts, "the sum": totals.reward}.items():
+        large = np.flatnonzero(np.abs(part.totals) > LARGEST)
+        if len(large):
+            raise ModelError(
+                f"the score of {rollout.tasks[large[0]].where} is {part.totals[large[0]]:g}: too large to compute with",
+                f"reward {name}", "rescale it",
+            )  # fmt: skip
+    return totals
 
 
 def fields_of(totals: Totals, n: int) -> dict[str, Any]:

@@ -128,6 +128,14 @@ def test_games_rate_the_models_of_all_prompts() -> None:
     assert first["low"] < first["rating"] < first["high"]
     drawn = games(groups, between="models", tie=1.0, samples=0)
     assert {r["outcome"] for r in drawn.rows} == {0.5}
+    again = [
+        [
+            *group("p", 1.0, by={"model": "A", "weights": "1"}),
+            *group("p", 0.0, texts="z", by={"model": "A", "weights": "2"}),
+        ]
+    ]
+    found = games(again, between="models", tie=0.0, samples=0)
+    assert [entry["model"] for entry in found.figures["ratings"]] == ["A (1)", "A (2)"], "trained again in its place"
     alone = [group("p", 1, 2, by={"model": "A"})]
     assert games(alone, between="models", tie=0.0, samples=0).rows == []
     (row,) = games(alone, between="completions", tie=0.0, samples=0).rows

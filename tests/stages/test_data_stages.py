@@ -144,10 +144,9 @@ def test_a_quantised_base_writes(sft_lora: Path, world: Path, tmp_path: Path) ->
 
 
 def test_greedy_is_the_likeliest_token(base: Path, world: Path, tmp_path: Path) -> None:
-    go(sampling(base, world, tmp_path / "g", rollout={"temperature": 0, "completions_per_prompt": 2}))
+    go(sampling(base, world, tmp_path / "g", rollout={"temperature": 0, "completions_per_prompt": 1}))
     rows = made(tmp_path / "g")
-    assert [r["completion_ids"] for r in rows[::2]] == [r["completion_ids"] for r in rows[1::2]]
-    go(sampling(base, world, tmp_path / "h", seed=9, rollout={"temperature": 0, "completions_per_prompt": 2}))
+    go(sampling(base, world, tmp_path / "h", seed=9, rollout={"temperature": 0, "completions_per_prompt": 1}))
     assert [r["completion"] for r in made(tmp_path / "h")] == [r["completion"] for r in rows]
 
 
@@ -323,6 +322,11 @@ def test_wrong_judges_are_named(
         (judging(base, sampled, tmp_path / "x", labels=["A", "AB"]), 2, "cannot tell 'A' from 'AB' at their start"),
         (judging(base, sampled, tmp_path / "x", question="{a}?"), 2, "question does not hold {b}"),
         (
+            judging(base, sampled, tmp_path / "x", question="{a} {b} {promt}"),
+            2,
+            "holds {promt}, which stands for nothing",
+        ),
+        (
             judging(base, sampled, tmp_path / "x", question="why " * 40 + "{a} {b}"),
             2,
             "of a model with a context of 128",
@@ -335,6 +339,53 @@ def test_wrong_judges_are_named(
         assert len(outcome.errors) == 1
         assert message in outcome.err, outcome.err
         assert not (tmp_path / "x").exists(), message
+
+
+def test_an_edited_text_is_scored_and_not_the_tokens_of_the_old_one(
+    base: Path, sampled: Path, rm: Path, tmp_path: Path
+) -> None:
+    rows = made(sampled)[:6]
+    edited = [r | {"completion": "awful bad poor"} for r in rows[:2]] + [
+        r | {"prompt": [{"role": "user", "content": "tell of old"}]} for r in rows[2:4]] + rows[4:]  # fmt: skip
+    plain = [{k: r[k] for k in ("prompt", "completion", "finished")} for r in edited]
+    for name, found in (("ids", edited), ("text", plain)):
+        source = w.write_rows(tmp_path / f"{name}.jsonl", found)
+        outcome = go(scoring(base, source, tmp_path / name, [{"run": str(rm)}]))
+        if name == "ids":
+            assert "6 completions, 2 of them by the tokens that were sampled" in outcome.err
+            assert "warning: 4 completions are read by their text" in outcome.err
+    scores = [[r["score"] for r in made(tmp_path / name)] for name in ("ids", "text")]
+    assert scores[0][:4] == pytest.approx(scores[1][:4], abs=1e-5)
+
+
+def test_a_score_too_large_to_compute_with_stops(base: Path, sampled: Path, tmp_path: Path) -> None:
+    (tmp_path / "g.py").write_text("def g(completions):\n    return [1e200 * len(c) for c in completions]\n")
+    outcome = go(scoring(base, sampled, tmp_path / "x", [{"function": f"{tmp_path}/g.py:g"}]), code=4)
+    assert len(outcome.errors) == 1
+    assert "too large to compute with (rescale it)" in outcome.err
+    assert "RuntimeWarning" not in outcome.err
+
+
+def test_a_judge_that_does_not_know_its_labels_is_told_of(base: Path, sampled: Path, tmp_path: Path) -> None:
+    outcome = go(judging(base, sampled, tmp_path / "j", labels=["Q", "Z"]))
+    assert "it does not know what it is asked, and its scores are noise" in outcome.err
+    assert told(tmp_path / "j")["label_probability"] < 0.1
+    assert "position bias" in outcome.err
+
+
+def test_rows_of_two_shapes_or_of_none_are_bad(tmp_path: Path) -> None:
+    for row, message in (
+        ({"prompt": "p", "completions": [], "scores": []}, "'completions' is empty"),
+        ({"prompt": "p", "completions": ["a"], "scores": [1], "completion": "b"}, "which is meant?"),
+    ):
+        path = w.write_rows(tmp_path / "r.jsonl", [{"prompt": "p", "completions": ["a", "b"], "scores": [1, 2]}, row])
+        outcome = go(selecting(path, tmp_path / "x", "pairs"), code=3)
+        assert f"{path}:2: {row and message}" in outcome.err or message in outcome.errors[0]
+
+
+def test_a_data_run_has_no_checkpoints(scored: Path, runs: Path, base: Path) -> None:
+    outcome = quick("score", runs / "scored.yaml", "--resume", base / "checkpoints" / "step-000001")
+    assert (outcome.code, "a run of rlhf score has no checkpoints (auto or never)" in outcome.err) == (2, True)
 
 
 # --- select, and what comes after ------------------------------------------------------------------------
@@ -428,6 +479,10 @@ def test_wrong_runs_are_named(
         (first | {"rewards": [true]}, 2, "rewards are only read with best_of"),
         (first | {"best_of": 4, "rewards": [true]}, 2, "leave rollout.completions_per_prompt out"),
         (first | {"rollout": {"max_new_tokens": 64}}, 2, "leaves no room for a prompt"),
+        (first | {"rollout": ROLLOUT | {"temperature": 0}}, 2, "at temperature 0 all of them are the same"),
+        (first | {"rollout": ROLLOUT | {"completions_per_prompt": 10**9}}, 2, "must be at most 4096"),
+        (selecting(scored, tmp_path / "x", "best", data={"completions": [str(scored)] * 2}), 2, "name it once"),
+        (selecting(scored, scored / "final", "best"), 2, "lies inside the run"),
         (first | {"revise": {"principles": "none.txt"}}, 2, "revise.principles none.txt: cannot be read"),
         (first | {"revise": {"principles": "c", "critique": "x", "revision": "y"}}, 2, "do not hold {principle}"),
         (first | {"training": {}}, 2, "unknown key"),
@@ -436,6 +491,7 @@ def test_wrong_runs_are_named(
         assert len(outcome.errors) >= 1
         assert message in outcome.err, outcome.err
         assert not (tmp_path / "x").exists(), message
+        assert not (scored / "final").exists()
 
 
 def test_one_completion_a_prompt_makes_no_pairs(base: Path, world: Path, tmp_path: Path, true: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ def test_killed_in_a_rollback(wild: Wild, whole: Path, monkeypatch: pytest.Monke
 
 
 def test_a_number_that_is_not_finite_gets_its_page(wild: Wild) -> None:
-    wild_rate = {"learning_rate": 1e30, "max_grad_norm": None}
+    wild_rate = {"learning_rate": 1e15, "max_grad_norm": None}
     content = wild("warn", "nan", training=wild_rate, lora=None)
     run, outcome = Path(content["output_dir"]), begun(content)
     assert (outcome.code, len(outcome.errors)) == (5, 1), outcome.err
@@ -187,4 +187,4 @@ def test_a_number_that_is_not_finite_gets_its_page(wild: Wild) -> None:
     assert event["step"] == w.metrics(run)[-1]["step"]
     page = (run / "postmortem.html").read_text()
     assert f"Step {event['step']}: training diverged" in page
-    assert "1e+30" in page
+    assert "1e+15" in page

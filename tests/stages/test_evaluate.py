@@ -242,7 +242,7 @@ def test_wrong_recipes_are_one_clear_line(
         (duel | {"against": [str(twin)]}, 2, f"is the same model as {base}"),
         (duel | {"judge": judge}, 2, "judge is only read with against"),
         (duel | {"against": [str(sft_lora)], "judge": judge | {"opponents": "next"}}, 2, "judge.opponents"),
-        (greedy, 2, "rollout.temperature is 0"),
+        (w.merged(greedy, {"rollout": {"completions_per_prompt": 1}}), 2, "rollout.temperature is 0"),
         (w.merged(lone, {"reference": str(base), "rollout": {"top_k": 3}}), 2, "leave rollout.top_k out"),
         (w.merged(lone, {"rollout": {"max_new_tokens": 60}}), 2, "leaves no room for a prompt"),
         (bench | {"rewards": [true]}, 2, "rewards is only read with data.prompts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.recipe.settings.training import TrainingSettings
+from rlhf_cli.train import passes
 from rlhf_cli.train.spikes import Spikes
 from tests.stages import world as w
 from tests.stages.conftest import quick
@@ -132,11 +134,18 @@ def test_a_stopped_run_trips_at_the_same_step(toy: Toy, monkeypatch: pytest.Monk
     assert "resumed from" in outcome.err
 
 
-def test_what_is_not_finite_is_not_saved(toy: Toy) -> None:
+def test_what_is_not_finite_is_not_saved(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step makes weights infinite after its finite loss: no checkpoint, no final/, the one before it named."""
-    training = {"learning_rate": 3e38, "weight_decay": 1e3, "max_grad_norm": None, "max_steps": 1}
-    content = toy("sft", "chat", **w.merged(OFTEN, {"training": training, "lora": None}))
+    content = toy("sft", "chat", **w.merged(OFTEN, {"training": {"max_steps": 1}, "lora": None}))
     run = Path(content["output_dir"])
+    apply = passes.apply
+
+    def applied(engine: Any, learner: Any, samples: Any) -> float:
+        norm = apply(engine, learner, samples)
+        next(p for _, p in learner.role.parameters).data.view(-1)[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(passes, "apply", applied)
     outcome = quick("sft", w.save(content, run.with_suffix(".yaml")))
     assert (outcome.code, len(outcome.errors)) == (5, 1), outcome.err
     assert "of the policy holds NaN or infinite numbers after step 1" in outcome.errors[0]

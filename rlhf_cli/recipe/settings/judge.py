@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -10,6 +11,8 @@ from pydantic import Field
 from rlhf_cli.recipe.settings.blocks import Checked, Name, as_mapping
 from rlhf_cli.recipe.settings.model import ModelSettings
 
+PLACE = re.compile(r"\{\w+\}")
+PLACES = ("{prompt}", "{a}", "{b}", "{principle}")
 QUESTION = """Two answers to the same request are compared.
 
 Request:
@@ -47,6 +50,8 @@ class JudgeSettings(Checked):
         for part in ("{a}", "{b}"):
             if self.question is not None and part not in self.question:
                 yield f"question does not hold {part}, where a completion stands"
+        for odd in sorted(set(PLACE.findall(self.question or "")) - set(PLACES)):
+            yield f"question holds {odd}, which stands for nothing: there are {', '.join(PLACES)}"
         named = self.question is not None and "{principle}" in self.question
         if named and self.principles is None:
             yield "question asks for a {principle}: give principles"

@@ -10,13 +10,16 @@ from pydantic import Field
 from rlhf_cli.catalog import NonNegative, Positive
 from rlhf_cli.recipe.settings.blocks import Checked, Count
 
+MOST = 4096
+"""Completions of a prompt: they are sampled together."""
+
 
 class SamplingSettings(Checked):
     max_new_tokens: Count = 128
     """Length limit of a completion."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0: always the likeliest token."""
-    completions_per_prompt: Count = 1
+    completions_per_prompt: Annotated[int, Field(ge=1, le=MOST)] = 1
     """Completions sampled for each prompt."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a completion, besides the model's end tokens. They are found in its text, wherever the borders
@@ -40,6 +43,8 @@ class SamplingSettings(Checked):
     out."""
 
     def contradictions(self) -> Iterator[str]:
+        if self.temperature == 0 and self.completions_per_prompt > 1:
+            yield "completions_per_prompt is more than 1, and at temperature 0 all of them are the same"
         if self.min_new_tokens > self.max_new_tokens:
             yield (
                 f"rollout.min_new_tokens = {self.min_new_tokens} is more than rollout.max_new_tokens = "
