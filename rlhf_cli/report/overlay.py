@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.report.evaluation import FIGURES
 from rlhf_cli.report.parts import shown
-from rlhf_cli.report.plots import HUES, Curve, drawn
+from rlhf_cli.report.plots import HUES, Curve, drawn, thinned
 from rlhf_cli.report.story import SUMMARY, Story, sound
 
 STROKES: tuple[tuple[int, ...], ...] = ((), (5, 2), (2, 2), (7, 2, 2, 2))
 """On and off lengths of the strokes; the first is a whole line."""
 MOST = len(HUES) * len(STROKES)
 """How many runs can be told apart."""
-_POINTS = 400
-"""A longer curve is drawn as means of as many stretches, with a band from their lowest to their highest value."""
 _SMOOTHED = 40
 """From so many points on, a curve is smoothed, with its raw values behind it."""
 _FEW = 12
@@ -91,19 +89,6 @@ def _trades(sources: Iterable[tuple[str, Sequence[Trace]]]) -> list[str]:
 def marked(text: str) -> str:
     """A picture whose groups of a run are known by class, so that they can be hidden together."""
     return re.sub(r'<g id="run(\d+)">', r'<g class="run\1">', text)
-
-
-def thinned(curve: Curve, most: int = _POINTS) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps, means, lowest and highest values of at most `most` stretches of a curve; NaN where none is finite."""
-    width = max(1, math.ceil(len(curve.steps) / most))
-    steps, means, low, high = [], list[float](), list[float](), list[float]()
-    for start in range(0, len(curve.steps), width):
-        finite = [v for v in curve.values[start : start + width] if math.isfinite(v)] or [math.nan]
-        steps.append(curve.steps[min(start + width, len(curve.steps)) - 1])
-        means.append(math.fsum(finite) / len(finite))
-        low.append(min(finite))
-        high.append(max(finite))
-    return steps, means, low, high
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -19,6 +19,11 @@ HUES = ("#0b0101", "#0b0102", "#0b0103", "#0b0104", "#0b0105", "#0b0106")
 """Stand-ins that become CSS variables, so that one picture serves the light and the dark page."""
 _CROWDED = 200
 """From so many points on, a curve is shown thin with its moving average over it."""
+STRETCHES = 400
+"""As many parts of a curve are drawn, each as its mean and a band from its lowest to its highest value, where there
+are more points than fit."""
+_ENDLESS = 2000
+"""From so many points on, that is done in the pages of single runs."""
 _HELD_OUT = re.compile(r"eval[/_](.+)")
 _SUBJECTS: tuple[tuple[str, str], ...] = (
     ("Loss", r"loss(/.*)?"),
@@ -135,11 +140,16 @@ def _draw(axes: Axes, members: Sequence[Curve]) -> None:
         finite = [v if math.isfinite(v) else math.nan for v in curve.values]
         few = len(curve.steps) <= 12 or curve.held_out
         style = {"color": hue, "marker": "o" if few else "", "markersize": 3.5}
-        if len(finite) > _CROWDED:
+        steps: Sequence[int] = curve.steps
+        if len(finite) > _ENDLESS:
+            steps, finite, low, high = thinned(curve)
+            axes.fill_between(steps, low, high, color=hue, alpha=0.2, linewidth=0)
+            finite = moving(finite, len(finite) // 40)
+        elif len(finite) > _CROWDED:
             axes.plot(curve.steps, finite, color=hue, alpha=0.3, linewidth=0.7)
             finite = moving(finite, len(finite) // 40)
         dash = "--" if curve.held_out and len(names) > 1 else "-"
-        axes.plot(curve.steps, finite, linewidth=1.5, linestyle=dash, label=curve.name, **style)  # type: ignore[arg-type]
+        axes.plot(steps, finite, linewidth=1.5, linestyle=dash, label=curve.name, **style)  # type: ignore[arg-type]
         for step in curve.wild[:50]:
             axes.axvline(step, color=hue, linewidth=1, linestyle=":")
     axes.legend(loc="best", frameon=False, fontsize=8.5, handlelength=1.6)
@@ -148,6 +158,19 @@ def _draw(axes: Axes, members: Sequence[Curve]) -> None:
 def moving(values: Sequence[float], width: int) -> list[float]:
     """Mean over the last `width` values; NaN where one of them is."""
     return [math.fsum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
+
+
+def thinned(curve: Curve, most: int = STRETCHES) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps, means, lowest and highest values of at most `most` stretches of a curve; NaN where none is finite."""
+    width = max(1, math.ceil(len(curve.steps) / most))
+    steps, means, low, high = [], list[float](), list[float](), list[float]()
+    for start in range(0, len(curve.steps), width):
+        finite = [v for v in curve.values[start : start + width] if math.isfinite(v)] or [math.nan]
+        steps.append(curve.steps[min(start + width, len(curve.steps)) - 1])
+        means.append(math.fsum(finite) / len(finite))
+        low.append(min(finite))
+        high.append(max(finite))
+    return steps, means, low, high
 
 
 def _themed(text: str, title: str) -> str:

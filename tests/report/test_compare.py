@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_cli.cli.app import run_command_line
-from rlhf_cli.report.overlay import MOST, smoothed, thinned
-from rlhf_cli.report.plots import Curve
+from rlhf_cli.report.overlay import MOST, smoothed
+from rlhf_cli.report.plots import Curve, svg, thinned
 from rlhf_cli.report.story import leaves, names
 from tests.report.test_page import EVIL, Seen
 
@@ -256,6 +256,10 @@ def test_bands() -> None:
     assert (means[0], means[2]) == (2.0, 7.0)
     assert math.isnan(means[1])
     assert thinned(curve)[0] == [1, 2, 3, 4, 5]
+    assert thinned(Curve("", (), ())) == ([], [], [], [])
+    pages = [svg("Loss", [Curve("loss", tuple(range(n)), (0.0, 1.0) * (n // 2))]) for n in (2000, 2002)]
+    assert ["fill-opacity: 0.2" in page for page in pages] == [False, True]
+    assert len(pages[1]) < len(pages[0])
 
 
 def test_settings_as_a_recipe_spells_them() -> None:
