@@ -53,6 +53,7 @@ summary { cursor: pointer; margin: 1rem 0 .6rem; }
 .phases span { margin-right: 1rem; } .phases i { display: inline-block; width: .8rem; height: .8rem;
   margin-right: .35rem; border-radius: 2px; } .fact > div + div { margin-top: .6rem; }
 .fact > div > b { display: inline; }
+td:nth-child(2):last-child { overflow-wrap: anywhere; }
 @media (min-width: 700px) { .scroll :is(td, th):first-child { position: sticky; left: 0; background: var(--card); } }
 .bar { display: flex; height: .8rem; margin-top: .2rem; border-radius: 3px; overflow: hidden; } .bar i { height: 100%; }
 """
