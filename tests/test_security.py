@@ -36,8 +36,8 @@ CALLS = {
 }  # fmt: skip
 STARTS = {"rlhf_cli/rollouts/foreign.py"}
 """Where a process is started: the rehearsal of a reward function."""
-NAMES = {"socket": {"rlhf_cli/runs/lock.py"}}
-"""Imports that are not what they look like: the lock asks for the host's name."""
+NAMES = {"socket": {"rlhf_cli/runs/lock.py"}, "urllib": {"rlhf_cli/report/page.py"}}
+"""Imports that are not what they look like: the lock asks for the host's name, a page quotes a path in a link."""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
