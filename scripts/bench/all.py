@@ -56,6 +56,7 @@ PARTS = {
     "training": Part("against_trl.py", ("peer", "ppo-peer"), pairs=True),
     "rollouts": Part("rollouts.py", out=False),
     "startup": Part("startup.py", ("peer",)),
+    "checkpoints": Part("checkpoints.py"),
     "growth": Part("growth.py"),
     "floor": Part("floor.py", pairs=True),
 }
