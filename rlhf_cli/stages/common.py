@@ -84,7 +84,10 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     snapshot.seed_generators(engine.recipe.seed)
     saved = resume_point(run, engine.display)
     if saved is not None:
-        snapshot.restore(engine, saved)
+        with Signals(engine.display.warn, "reading the checkpoint") as signals:  # what reads would call it an error
+            snapshot.restore(engine, saved)
+        if signals.caught is not None:
+            raise signals.interrupted("reading the checkpoint")
     elif run.status == "resume":
         raise no_whole_checkpoint(run.checkpoints)
 

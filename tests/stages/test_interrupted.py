@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_cli.train import snapshot
 from rlhf_cli.train.engine import Engine
 from tests.conftest import run_cli
 from tests.stages import world as w
@@ -53,6 +54,16 @@ def stop_at(step: int, signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "tick", stopped)
 
 
+def interrupted_at(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of a recipe, stopped in step `step`."""
+    run = Path(content["output_dir"])
+    with monkeypatch.context() as patched:
+        stop_at(step, signal.SIGTERM, patched)
+        outcome = quick(content["stage"], w.save(content, run.with_suffix(".yaml")))
+    assert outcome.code == 143, outcome.err
+    return run
+
+
 def interrupted(content: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch, signum: int) -> Path:
     """The run of a recipe, stopped in step `step`, then finished by the same command."""
     run = Path(content["output_dir"])
@@ -88,6 +99,26 @@ def test_a_signal_while_the_report_is_drawn(toy: Toy, monkeypatch: pytest.Monkey
     assert quick("sft", recipe).code == 0
     assert (run / "DONE").exists()
     assert list(left.parent.iterdir()) == []
+
+
+def test_a_signal_while_a_checkpoint_is_read(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost, and it is no bug of what reads."""
+    content = toy("sft", "chat", rows=48, training={"max_steps": 3}, checkpoint={"every": 1})
+    run = interrupted_at(content, 1, monkeypatch)
+    recipe, restore = run.with_suffix(".yaml"), snapshot.restore
+
+    def struck(engine: Engine, saved: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        restore(engine, saved)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot, "restore", struck)
+        outcome = quick("sft", recipe)
+    assert (outcome.code, outcome.errors) == (
+        130, ["error: SIGINT: stopped after reading the checkpoint; the same command goes on from here"],
+    )  # fmt: skip
+    again = quick("sft", recipe)
+    assert (again.code, "going on after step 1" in again.err) == (0, True), again.err
 
 
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
