@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_cli.data import rows, sources
@@ -70,6 +70,21 @@ class Completions:
     items: list[Candidate]
     report: DataReport
     bad: tuple[BadRows, ...]
+    """Rows of each source that cannot be used."""
+
+    def without(self, reasons: Mapping[int, str]) -> Completions:
+        """Without the items of these places, which turned out to be bad rows, each with its reason."""
+        reports, bad, start = [], [], 0
+        for report, known in zip(self.report.sources, self.bad, strict=True):
+            stop = start + report.kept
+            wrong = [Dropped(r, row_of(self.items[i].where)) for i, r in reasons.items() if start <= i < stop]
+            more = bad_rows(known.source, wrong, known.rows)
+            reports.append(replace(report, kept=report.kept - len(wrong), dropped=report.dropped + tally(wrong)))
+            bad.append(replace(known, reasons=known.reasons | more.reasons))
+            start = stop
+        items = [item for i, item in enumerate(self.items) if i not in reasons]
+        count = sum(len(one.reasons) for one in bad)
+        return Completions(items, replace(self.report, sources=tuple(reports), bad_rows=count), tuple(bad))
 
 
 def read_completions(

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.data.completions import Candidate, Completions, read_completions, row_of, token_ids
+from rlhf_cli.data.completions import Candidate, Completions, read_completions, token_ids
 from rlhf_cli.data.examples import Task
-from rlhf_cli.data.grouping import Dropped
-from rlhf_cli.data.quarantine import bad_rows, refuse
+from rlhf_cli.data.quarantine import refuse
 from rlhf_cli.data.rows import BadRow
 from rlhf_cli.data.tokens import Completion, Sample, length
 from rlhf_cli.errors import DataError, ModelError
@@ -48,11 +47,11 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     if text.template.chat is None and any(not isinstance(item.prompt, str) for item in found.items):
         raise ModelError("the tokenizer has no chat template, and prompts are chat messages", text.path.name,
                          "give model.chat_template")  # fmt: skip
-    items, samples, found = in_tokens(found, recipe, text)
+    found, samples, sampled = in_tokens(found, recipe, text)
+    items = found.items
     product.tell(found.report, display)
-    known = [sample_ids(item, text) is not None for item in items]
-    display.note(f"{len(items)} completions, {sum(known)} of them by the tokens that were sampled")
-    edited = sum(token_ids(item) is not None and not by_ids for item, by_ids in zip(items, known, strict=True))
+    display.note(f"{len(items)} completions, {sum(sampled)} of them by the tokens that were sampled")
+    edited = sum("completion_ids" in item.given and not by_ids for item, by_ids in zip(items, sampled, strict=True))
     if edited:
         display.warn(f"{edited} completions are read by their text: the tokens beside them do not spell it here")
     tasks = [task_of(item) for item in items]
@@ -83,30 +82,31 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     product.finish(run, display, product.made_rows(run), summary(len(items), sums))
 
 
-def in_tokens(found: Completions, recipe: ScoreRecipe, text: Text) -> tuple[list[Candidate], list[Sample], Completions]:
-    """The completions that can be read, each as tokens; what cannot is counted among the bad rows. Raises DataError."""
-    items, samples, bad = [], [], []
+def in_tokens(found: Completions, recipe: ScoreRecipe, text: Text) -> tuple[Completions, list[Sample], list[bool]]:
+    """The completions that can be read, each as tokens, and whether by those that were sampled; what cannot is among
+    the bad rows. Raises DataError."""
+    samples, sampled, reasons = [], [], dict[int, str]()
     most = recipe.data.max_length
-    for item in found.items:
+    for place, item in enumerate(found.items):
         try:
-            sample = sample_of(item, text)
+            ids = sample_ids(item, text)
+            sample = sample_of(item, text, ids)
             if most is not None and length(sample) > most:
                 raise BadRow(f"longer than data.max_length {most}")
         except BadRow as error:
-            bad.append(Dropped(str(error), row_of(item.where)))
+            reasons[place] = str(error)
         except DataError as error:
-            bad.append(Dropped(error.problems[0].message, row_of(item.where)))
+            reasons[place] = error.problems[0].message
         else:
-            items.append(item)
             samples.append(sample)
-    if bad:
-        sources = recipe.data.completions
-        every = sum(source.rows for source in found.report.sources)
-        wrong = bad_rows(sources[0], bad, every)
-        refuse([wrong], 0 if recipe.data.on_bad_row == "error" else recipe.data.max_bad_rows)
-        if not items:
-            raise DataError(f"none of the {len(bad)} completions can be read", sources[0].path, str(bad[0].reason))
-    return items, samples, found
+            sampled.append(ids is not None)
+    if reasons:
+        found = found.without(reasons)
+        refuse(found.bad, 0 if recipe.data.on_bad_row == "error" else recipe.data.max_bad_rows)
+        if not samples:
+            raise DataError(f"none of the {len(reasons)} completions can be read", recipe.data.completions[0].path,
+                            next(iter(reasons.values())))  # fmt: skip
+    return found, samples, sampled
 
 
 def sample_ids(item: Candidate, text: Text) -> tuple[list[int], list[int]] | None:
@@ -123,9 +123,8 @@ def sample_ids(item: Candidate, text: Text) -> tuple[list[int], list[int]] | Non
     return ids if whole[len(whole) - len(cut) :] == cut else None
 
 
-def sample_of(item: Candidate, text: Text) -> Sample:
-    """A completion in the model's tokens. Raises BadRow and DataError."""
-    ids = sample_ids(item, text)
+def sample_of(item: Candidate, text: Text, ids: tuple[list[int], list[int]] | None) -> Sample:
+    """A completion in the model's tokens: those that were sampled, or those of its text. Raises DataError."""
     if ids is None:
         return retokenise(text.template, task_of(item), item.completion, finished=item.finished)
     prompt, completion = (np.array(part, dtype=np.int32) for part in ids)

@@ -358,6 +358,26 @@ def test_an_edited_text_is_scored_and_not_the_tokens_of_the_old_one(
     assert scores[0][:4] == pytest.approx(scores[1][:4], abs=1e-5)
 
 
+def test_a_completion_that_cannot_be_scored_is_a_bad_row_of_its_source(
+    base: Path, sampled: Path, rm: Path, tmp_path: Path
+) -> None:
+    rows = [r for r in made(sampled) if r["completion"].strip()][:6]
+    rows[1] |= {"completion": "good " * 40, "by": {}}
+    first, second = w.write_rows(tmp_path / "a.jsonl", rows[2:]), w.write_rows(tmp_path / "b.jsonl", rows[:2])
+    content = scoring(base, first, tmp_path / "c", [{"run": str(rm)}], data={"max_length": 32})
+    content["data"]["completions"] = [str(first), str(second)]
+    outcome = go(content, code=3)
+    assert f"{second}:2: longer than data.max_length 32" in outcome.errors[0]
+    content["data"]["on_bad_row"] = "drop"
+    go(content)
+    assert len(made(tmp_path / "c")) == 5
+    report = json.loads((tmp_path / "c" / "data-report.json").read_text())
+    assert [(s["rows"], s["kept"]) for s in report["sources"]] == [(4, 4), (2, 1)]
+    assert report["bad_rows"] == 1
+    (bad,) = w.lines(tmp_path / "c" / "bad-rows.jsonl")
+    assert (bad["where"], bad["reason"]) == (f"{second}:2", "longer than data.max_length 32")
+
+
 def test_a_score_too_large_to_compute_with_stops(base: Path, sampled: Path, tmp_path: Path) -> None:
     (tmp_path / "g.py").write_text("def g(completions):\n    return [1e200 * len(c) for c in completions]\n")
     outcome = go(scoring(base, sampled, tmp_path / "x", [{"function": f"{tmp_path}/g.py:g"}]), code=4)
