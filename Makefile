@@ -11,6 +11,8 @@ RESUME ?= auto
 JOBS ?= 2
 KILLS ?= 200
 REPEATS ?= 3
+FLOOR ?= $(addprefix tests/,recipe models data rollouts train) \
+	$(addprefix tests/test_,$(addsuffix .py,catalog cli explain starting recipes))
 BIN := .venv/bin
 READY := .venv/ready
 RLHF := $(BIN)/rlhf
@@ -21,7 +23,7 @@ DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo loops test faults planted check audit bench clean gpu-check
+.PHONY: help setup demo loops test floor faults planted check audit bench docs dist clean gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -43,6 +45,12 @@ $(READY): constraints.txt pyproject.toml
 test: $(READY) ## run the tests: no network, no GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+floor: ## the fast part of the tests with the oldest versions that are admitted (constraints-floor.txt, in build/floor)
+	$(PYTHON) -m venv build/floor
+	build/floor/bin/python -m pip install -q -c constraints-floor.txt torch==2.13.0 setuptools
+	build/floor/bin/python -m pip install -q -c constraints-floor.txt --no-build-isolation -e '.[dev]'
+	build/floor/bin/python -m pytest -n $(JOBS) --dist loadfile $(FLOOR)
+
 faults: $(READY) ## kill runs at random moments (KILLS=200 SEED=any), start them again, compare bit for bit
 	$(BIN)/python -m tests.faults.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
@@ -60,6 +68,18 @@ audit: $(READY) ## compare the pinned versions with known faults (needs a networ
 
 gpu-check: $(READY) ## what needs an NVIDIA GPU: marked tests and the tiny chain in bfloat16 and nf4
 	scripts/gpu_check.sh
+
+docs: ## the pages of docs/ as a site with a search, in build/site (needs a package index the first time)
+	$(PYTHON) -m venv build/mkdocs
+	build/mkdocs/bin/python -m pip install -q 'mkdocs-material>=9.6'
+	NO_MKDOCS_2_WARNING=1 build/mkdocs/bin/mkdocs build --strict --quiet
+	@echo 'build/site/index.html; with the search: $(PYTHON) -m http.server -d build/site'
+
+dist: ## wheel and sdist in dist/, the wheel built from the sdist (needs a package index)
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install -q build
+	rm -rf dist
+	build/packaging/bin/python -m build --outdir dist .
 
 bench: $(READY) ## measure against TRL and write docs/BENCHMARKS.md (PARTS="growth floor" REPEATS=3 PAIRS=file; hours)
 	$(BIN)/python scripts/bench/all.py $(PARTS) --repeats $(REPEATS) $(if $(PAIRS),--pairs $(PAIRS)) \

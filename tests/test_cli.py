@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from rlhf_cli.catalog import Stage
 from rlhf_cli.cli import tools, view
@@ -263,10 +264,10 @@ def test_the_bar_shows_the_numbers_that_matter(tmp_path: Path) -> None:
     display.step(11, {"loss": 0.5}, False)
     display.stop()
     display.stop()
-    said = stream.getvalue()
+    said = Text.from_ansi(stream.getvalue()).plain
     assert "a [bold]note[/bold] :smile:" in said
-    assert "loss 0.5000  accuracy 0.500  tokens/s 1234" in said
-    assert "11/200" in said
+    assert "loss 0.5000   lr 1.0e-05   accuracy 0.500   1234 tokens/s" in said
+    assert "step 11/200" in said
     assert [line[20:] for line in (tmp_path / "run.log").read_text().splitlines()] == [
         "a [bold]note[/bold] :smile:", LINE
     ]  # fmt: skip
@@ -276,6 +277,9 @@ def test_which_display(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(view.make_display(False, False), Plain)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("CI", "true")
+    assert isinstance(view.make_display(False, False), Plain)
+    monkeypatch.delenv("CI")
     assert isinstance(view.make_display(False, False), view.View)
     assert isinstance(view.make_display(True, False), Plain)
     monkeypatch.setenv("TERM", "dumb")

@@ -34,10 +34,13 @@ CALLS = {
               "subprocess.getstatusoutput", "subprocess.call", "subprocess.check_output", "subprocess.run"},
     "network": {"socket.socket", "urllib.request.urlopen", "torch.hub.load", "torch.hub.download_url_to_file"},
 }  # fmt: skip
-STARTS = {"rlhf_cli/rollouts/foreign.py"}
-"""Where a process is started: the rehearsal of a reward function."""
-NAMES = {"socket": {"rlhf_cli/runs/lock.py"}, "urllib": {"rlhf_cli/report/page.py"}}
-"""Imports that are not what they look like: the lock asks for the host's name, a page quotes a path in a link."""
+STARTS = {"rlhf_cli/rollouts/foreign.py", "rlhf_cli/cli/serve.py"}
+"""Where a process is started: the rehearsal of a reward function, the server of `rlhf serve-rollouts`."""
+CLIENT = "rlhf_cli/rollouts/server.py"
+"""What talks to the server that a recipe names; tests/rollouts/test_vllm.py holds that it talks to no other."""
+NAMES = {"socket": {"rlhf_cli/runs/lock.py"}, "urllib": {"rlhf_cli/report/page.py", CLIENT}, "http": {CLIENT}}
+"""Imports that are not what they look like: the lock asks for the host's name, a page quotes a path in a link; and
+those of the client."""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rlhf_cli.catalog import STAGES
 from rlhf_cli.cli.commands import commands
+from rlhf_cli.cli.help import Group, check_shell, dress
 from rlhf_cli.cli.options import emit, say
 from rlhf_cli.cli.stages import add_stages
 from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
+from rlhf_cli.recipe.glance import stage_of
 
 HINT_FULL = "free some space, then run the same command again to resume"
 NO_MEMORY = (
@@ -27,7 +32,7 @@ app = typer.Typer(
     name="rlhf",
     help="Align a language model on your own GPU: SFT, reward models, PPO and the DPO family from YAML recipes.",
     epilog="A recipe says everything; `rlhf schema` prints what it may hold, `rlhf list` shows the objectives.",
-    add_completion=False,
+    cls=Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,6 +58,7 @@ def _root(
 
 add_stages(app)
 app.registered_commands += commands.registered_commands
+dress(app)
 
 # --- the way out -----------------------------------------------------------------------------------------
 
@@ -63,6 +69,8 @@ def main() -> None:
     """The console script: run the command line and exit with the code of CONTRACT section 2."""
     gc.disable()  # imports leave no garbage, and collections are a fifth of their time
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that are not installed
+    if "_RLHF_COMPLETE" in os.environ:
+        typer.main.get_command(app).main(prog_name="rlhf")
     sys.exit(run_command_line(sys.argv[1:]))
 
 
@@ -70,6 +78,7 @@ def run_command_line(arguments: list[str]) -> int:
     """Run one command line and report every error on stderr. Returns the exit code."""
     command = typer.main.get_command(app)
     try:
+        check_shell(arguments)
         with command.make_context("rlhf", list(arguments) or ["--help"], obj=tuple(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leave:
@@ -77,16 +86,17 @@ def run_command_line(arguments: list[str]) -> int:
     except BaseException as error:
         if isinstance(error, SystemExit | GeneratorExit):
             raise
-        return _report(error, "--debug" in arguments)
+        return _report(error, arguments)
     return 0
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def _report(error: BaseException, arguments: list[str]) -> int:
+    debug = "--debug" in arguments
     known: RlhfError | None
     if debug:
         say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, _CLICK_ERROR):
-        known = _usage(error)
+        known = _usage(error, arguments)
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         say("error: interrupted")
         return 130
@@ -95,15 +105,36 @@ def _report(error: BaseException, debug: bool) -> int:
     if known is None:
         kind = " ".join(f"{type(error).__name__}: {error}".split())
         known = RlhfError(Problem(f"{kind}; this is a bug of rlhf", hint="run again with --debug for the traceback"))
-    for problem in known.problems:
-        say(f"error: {problem}")
+    for problem in known.problems if _speaks() else ():
+        say(f"error: {_who()}{problem}")
     return known.exit_code
 
 
-def _usage(error: Any) -> RecipeError:
+def _speaks() -> bool:
+    """Whether it is for this process to tell: of several that fail, the first one; before they have met, the first of
+    each machine."""
+    met = sys.modules.get("rlhf_cli.models.processes")
+    if met is not None and met.met():
+        return bool(met.speaks())
+    return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _who() -> str:
+    """Names the process where it is not the first of several."""
+    met = sys.modules.get("rlhf_cli.models.processes")
+    return f"process {met.rank()}: " if met is not None and met.rank() else ""
+
+
+def _usage(error: Any, arguments: list[str]) -> RecipeError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "rlhf"
-    return RecipeError(Problem(error.format_message(), path, f"{path} --help shows the usage"))
+    hint = f"{path} --help shows the usage"
+    recipe = next(((name, stage) for name in arguments if (stage := stage_of(Path(name)))), None)
+    if path == "rlhf" and recipe is not None:
+        hint = f"try: rlhf {recipe[1]} {recipe[0]}"
+    elif "option" in error.format_message() and path.removeprefix("rlhf ") in STAGES:
+        hint += "; settings of the recipe are given as KEY.PATH=VALUE"
+    return RecipeError(Problem(error.format_message(), path, hint))
 
 
 def _hardware(error: BaseException) -> RlhfError | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli import tools
+from rlhf_cli.cli import complete, tools
 from rlhf_cli.cli.explain import explanation, on_terminal
 from rlhf_cli.cli.options import Bare, Debug, Quiet, RecipeFile, Sets, emit, one_of, say
 from rlhf_cli.cli.stages import line_of
@@ -20,7 +20,10 @@ commands = typer.Typer()
 @commands.command()
 def check(
     context: typer.Context,
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False, autocompletion=complete.recipes),
+    ],
     sets: Sets = None,
     debug: Debug = False,
 ) -> None:
@@ -38,7 +41,10 @@ def check(
 
 @commands.command()
 def deps(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False)],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="YAML recipes.", show_default=False, autocompletion=complete.recipes),
+    ],
     sets: Sets = None,
     debug: Debug = False,
 ) -> None:
@@ -81,8 +87,33 @@ def data(
 
 
 @commands.command()
+def plan(
+    recipe: RecipeFile,
+    bare: Bare = None,
+    sets: Sets = None,
+    vram: Annotated[float | None, typer.Option(metavar="GIB", help="Memory of the card it is for.")] = None,
+    world_size: Annotated[
+        int, typer.Option(metavar="N", help="Processes that torchrun would start; memory is that of each.")
+    ] = 1,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Do not estimate how long it takes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a run takes, before it is started: parameters, data, memory by part, time; no weights are read."""
+    from rlhf_cli.cli.plan import make
+
+    tools.watch_garbage()
+    given = [*(bare or []), *(sets or [])]
+    for line in make(recipe, given, vram, timed=not no_time, as_json=as_json, world=world_size):
+        (emit if as_json else say)(line)
+
+
+@commands.command()
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A LoRA run, or a folder with an adapter.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A LoRA run, or a folder with an adapter.", autocompletion=complete.trained),
+    ],
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", metavar="DIR", help="A new folder.")],
     weights: Annotated[
         str, typer.Option(metavar="original|trained", help="Into which weights, where the base was quantised.")
@@ -105,7 +136,12 @@ def merge(
 
 @commands.command()
 def chat(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One model to talk to, or several side by side.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="One model to talk to, or several side by side.", autocompletion=complete.trained
+        ),
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Sample from the likeliest tokens only.")] = 1.0,
@@ -128,9 +164,42 @@ def chat(
     talk(runs, sampling, system, seed, None if quantization == "auto" else quantization)  # type: ignore[arg-type]
 
 
+@commands.command("serve-rollouts")
+def serve_rollouts(
+    recipe: RecipeFile,
+    bare: Bare = None,
+    sets: Sets = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Another port than that of rollout.server.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of the card's memory; default 0.9, with rollout.sleep 0.5.")
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option("--vllm", metavar="PROGRAM", help="The vllm of another environment.")
+    ] = None,
+    print_: Annotated[bool, typer.Option("--print", help="Print the command on stdout and start nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Start the vLLM server that a recipe with rollout.engine: vllm samples with."""
+    from rlhf_cli.cli.serve import installed, serve, server_of
+
+    overrides = [*(bare or []), *(sets or [])]
+    found = server_of(recipe, overrides, port, gpu_memory_utilization, vllm)
+    if print_:
+        emit(found.line)
+        return
+    program = installed(vllm)
+    say(f"{found.line}\nfor recipes with rollout.server: {found.address}")
+    serve(program, found)
+
+
 @commands.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run directories, finished or not.", autocompletion=complete.runs),
+    ],
     output: Annotated[
         str | None,
         typer.Option(
@@ -141,18 +210,31 @@ def report(
             show_default=False,
         ),
     ] = None,
+    x: Annotated[
+        str,
+        typer.Option(
+            "--x",
+            metavar="step|tokens|time",
+            help="What curves are drawn over.",
+            autocompletion=complete.one("step", "tokens", "time"),
+        ),
+    ] = "step",
     debug: Debug = False,
 ) -> None:
     """Write the page of a run anew, or one page that compares several."""  # fmt: skip
+    one_of("--x", x, ("step", "tokens", "time"))
     from rlhf_cli.report.compare import write
 
     tools.watch_garbage()
-    say(f"report: {write(runs, output)}")
+    for line in write(runs, output, x):  # type: ignore[arg-type]
+        say(line)
 
 
 @commands.command()
 def schema(
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="A command; default: all.")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="A command; default: all.", autocompletion=complete.stages)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
@@ -174,7 +256,12 @@ def list_(
 
 @commands.command()
 def explain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="An objective, estimator, controller or command.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="An objective, estimator, controller or command.", autocompletion=complete.names
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     debug: Debug = False,
 ) -> None:

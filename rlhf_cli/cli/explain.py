@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import yaml
-
 from rlhf_cli.catalog import (
     CONTROLLERS,
     ESTIMATORS,
@@ -147,6 +145,8 @@ def _entry_lines(name: str, entry: dict[str, Any], width: int) -> Iterator[Line]
         yield "", ""
         yield from ((line, "") for line in _fill(paragraph, width))
     yield from _section("Symbols", _hang(entry["symbols"], width))
+    import yaml
+
     block = yaml.safe_dump(entry["recipe"], sort_keys=False).splitlines()
     yield from _section(f"Recipe of rlhf {entry['command']}", (f"  {line}" for line in block), "green")
     yield from _section("Settings", _setting_lines(entry["settings"], width))
@@ -204,6 +204,8 @@ def name_lines(entries: dict[str, str], width: int) -> Iterator[str]:
 
 def plain(value: Any) -> str:
     """A value as YAML has it."""
+    import yaml
+
     return str(yaml.safe_dump(value, width=1000, default_flow_style=True)).removesuffix("...\n").strip()
 
 

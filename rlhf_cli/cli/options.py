@@ -8,26 +8,42 @@ from typing import Annotated
 
 import typer
 
+from rlhf_cli.cli import complete
+from rlhf_cli.cli.help import RUN, SHOWN
 from rlhf_cli.cli.tools import silence_stdout
 from rlhf_cli.errors import RecipeError
 
 BROKEN_PIPE = 141
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False, autocompletion=complete.recipes)
+]
 Bare = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, the same as --set.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value. Repeatable.")
 ]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", metavar="DIR", help="The run directory.")]
-Resume = Annotated[str, typer.Option(metavar="auto|never|PATH", help="What to do with an earlier run.")]
-ResumeRows = Annotated[str, typer.Option("--resume", metavar="auto|never", help="What to do with an earlier run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, make nothing.")]
+_RESUME = typer.Option(
+    "--resume", metavar="auto|never|PATH", help="What to do with an earlier run.", rich_help_panel=RUN,
+    autocompletion=complete.one("auto", "never"),
+)  # fmt: skip
+_RESUME_ROWS = typer.Option(
+    "--resume", metavar="auto|never", help="What to do with an earlier run.", rich_help_panel=RUN,
+    autocompletion=complete.one("auto", "never"),
+)  # fmt: skip
+Resume = Annotated[str, _RESUME]
+ResumeRows = Annotated[str, _RESUME_ROWS]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, make nothing.", rich_help_panel=RUN)]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Decides data order, initial weights and sampling.")]
-ReportTo = Annotated[list[str] | None, typer.Option("--report-to", metavar="NAME", help="A tracker. Repeatable.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_REPORT_TO = typer.Option(
+    "--report-to", metavar="NAME", help="A tracker. Repeatable.", rich_help_panel=SHOWN,
+    autocompletion=complete.one("tensorboard", "wandb", "trackio"),
+)  # fmt: skip
+ReportTo = Annotated[list[str] | None, _REPORT_TO]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.", rich_help_panel=SHOWN)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.", rich_help_panel=SHOWN)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=SHOWN)]
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@ import shlex
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ from rlhf_cli.cli.options import (
 )
 from rlhf_cli.errors import RecipeError, RlhfError
 from rlhf_cli.runs.options import Options
+
+if TYPE_CHECKING:
+    from rlhf_cli.runs.directory import Run
+    from rlhf_cli.runs.place import Place
 
 
 def add_stages(app: typer.Typer) -> None:
@@ -155,13 +159,17 @@ def _train(
     from rlhf_cli.cli.view import make_display
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
-    from rlhf_cli.runs.directory import Run
+    from rlhf_cli.runs.follower import Mute
+    from rlhf_cli.runs.place import place
 
     if quiet and verbose:
         raise RecipeError("--quiet and --verbose exclude each other", "command line")
     recipe = inherit_adapter(read_recipe(path, overrides, stage))
-    display = make_display(quiet, verbose)
-    run = Run.open(recipe, line, options.resume)
+    here = place()
+    if here.world > 1 and not STAGES[stage].trains:
+        raise RecipeError(f"rlhf {stage} runs in one process", "torchrun", f"start it as rlhf {stage} RECIPE")
+    display = make_display(quiet, verbose, stage) if here.first else Mute()
+    run = _open(recipe, line, options, here)
     try:
         if run.status == "done":
             display.note(f"{run.path}: up to date")
@@ -169,6 +177,10 @@ def _train(
         train = STAGES[stage].load()
         tools.watch_garbage()
         train(recipe, run, display, options)
+        if here.world > 1:
+            from rlhf_cli.models import processes
+
+            processes.stop()
         return run.path
     except RlhfError:
         raise
@@ -178,6 +190,18 @@ def _train(
     finally:
         display.stop()
         run.close()
+
+
+def _open(recipe: Any, line: str, options: Options, here: Place) -> Run:
+    """The run directory, with the other processes if there are some."""
+    from rlhf_cli.runs.directory import Run
+
+    if here.world == 1:
+        return Run.open(recipe, line, options.resume)
+    from rlhf_cli.stages.company import open_together
+
+    asked = recipe.distributed
+    return open_together(recipe, line, options.resume, here, asked.timeout, shard=asked.shard == "full")
 
 
 def line_of(context: typer.Context) -> str:

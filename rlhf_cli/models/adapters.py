@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError, RecipeError, did_you_mean
+from rlhf_cli.models import sharding
 from rlhf_cli.models.base import Base
 from rlhf_cli.models.lighten import lighten_adapters
 from rlhf_cli.recipe.model_path import read_json
@@ -124,7 +125,8 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
     else:
         _fill(base, name, {k: v for k, v in tensors.items() if not k.startswith(f"{SCORE_LAYER}.")})
     if base.light:
-        lighten_adapters(base.model, name)
+        with sharding.gathered(base, layers=1):  # where a layer of each kind is tried
+            lighten_adapters(base.model, name)
     base.active = None
 
 

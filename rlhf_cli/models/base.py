@@ -22,11 +22,12 @@ from transformers import (
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import memory
+from rlhf_cli.models import memory, sharding
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
 from rlhf_cli.models.gate import check_files, check_same_template, check_template, end_ids
 from rlhf_cli.models.lighten import lighten
+from rlhf_cli.models.quantised import keep_4bit_layout, quantization_config
 from rlhf_cli.objectives.head import Head
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.settings.model import ModelSettings
@@ -77,6 +78,12 @@ class Base:
     """Branch, tag or commit of a hub base."""
     light: bool = False
     """Whether layers that keep less are in place of the architecture's own (models/lighten.py)."""
+    shards: bool = False
+    """Whether each of several processes holds a part of the layers (models/sharding.py)."""
+    again: Callable[[bool], Base] | None = field(default=None, repr=False)
+    """Reads the same weights once more, to be trained or not: parts cannot be copied."""
+    collected: dict[str, Tensor] | None = field(default=None, repr=False)
+    """All tensors whole, while they are written."""
 
     @property
     def vocabulary(self) -> int:
@@ -138,20 +145,20 @@ MODELS = {
 }  # fmt: skip
 
 
-def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept) -> Text:
-    """Tokenizer, template and configuration of the model a recipe names.
+def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept, weights: bool = True) -> Text:
+    """Tokenizer, template and configuration of the model a recipe names. weights: whether those must be there.
 
     Raises RecipeError or ModelError: not found, unfinished run, another role than `role` (or one of `others`), no
     end token, a run that was trained with another tokenizer or template.
     """
     quiet()
-    path = resolve_model(settings.name_or_path)
+    path = resolve_model(settings.name_or_path, weights=weights)
     source = path.base if path.kind == "adapter" and path.base else str(path.weights or path.name)
     revision = settings.revision
     if revision is None and path.kind == "adapter" and path.weights is not None:
         revision = read_json(path.weights / "adapter_config.json").get("revision")
     for folder in {Path(source), path.weights or Path(source)}:
-        if folder.is_dir():
+        if folder.is_dir() and (weights or any(folder.glob("*.safetensors"))):
             check_files(folder)
     safe: dict[str, Any] = {"trust_remote_code": False}
     if revision:
@@ -197,16 +204,6 @@ def check_length(text: Text, longest: int, key: str) -> None:
         raise RecipeError(f"{longest} tokens are asked of a model with a context of {context}", key, "lower it")
 
 
-def _quantization(name: str, dtype: torch.dtype) -> Any:
-    if name == "none":
-        return None
-    if name == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def load_base(
     source: str,
     settings: ModelSettings,
@@ -224,7 +221,7 @@ def load_base(
     quiet()
     device = pick_device()
     dtype = compute_dtype(settings.dtype, device)
-    quantization = _quantization(settings.quantization, dtype)
+    quantization = quantization_config(settings.quantization, dtype)
     chosen = settings.attn_implementation
     kinds = AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
     auto = kinds[classifier * (1 + of_tokens)]
@@ -243,7 +240,7 @@ def load_base(
     try:
         model, info = _attempt("cannot be loaded", source, lambda: auto.from_pretrained(source, **arguments))
         _check_tensors(model, info, source)
-        model = model if quantization is not None else model.to(device)
+        model = model if quantization is not None or sharding.wanted() else model.to(device)
         keep_4bit_layout(model)
         if chosen == "auto" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(SEGMENTS)  # no effect on architectures with attention code of their own
@@ -255,18 +252,17 @@ def load_base(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
-    light = settings.kernels == "auto"
+    light, shards = settings.kernels == "auto", sharding.wanted()
     if light:
         lighten(model)
-    return Base(model, source, _identity(source, model), device, dtype, revision=revision, light=light)
-
-
-def keep_4bit_layout(model: torch.nn.Module) -> None:
-    """bitsandbytes repacks 4-bit layers at their first evaluation on a CPU with AVX512-BF16, rounding their scales:
-    then the weights before and after differ, and odd sizes fail. Training needs the same base throughout."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if shards:
+        sharding.shard(model, device, dtype, source)
+    memory.give_back()  # what reading and quantising took in the loader's threads
+    base = Base(model, source, _identity(source, model), device, dtype, revision=revision, light=light, shards=shards)
+    if shards:
+        base.again = lambda trained: load_base(source, settings, trained=trained, classifier=classifier,
+                                               of_tokens=of_tokens, revision=revision)  # fmt: skip
+    return base
 
 
 def _identity(source: str, model: PreTrainedModel) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import adapters, checkpointing
+from rlhf_cli.models import adapters, checkpointing, sharding
 from rlhf_cli.models.base import Base, Text, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.gate import check_vocabulary
@@ -125,11 +125,13 @@ def move(reference: Role, policy: Role, alpha: float) -> None:
     new = weights_of(policy)
     with torch.no_grad():
         for name, tensor in weights_of(reference).items():
-            mixed = (1.0 - alpha) * tensor.float() + alpha * new[name].float()
-            tensor.copy_(mixed)
+            own = sharding.held(tensor)
+            own.copy_((1.0 - alpha) * own.float() + alpha * sharding.held(new[name]).float())
 
 
 def _frozen_copy(base: Base) -> Base:
+    if base.again is not None:
+        return replace(base.again(False), packed=base.packed)
     model = copy.deepcopy(base.model)
     for parameter in model.parameters():  # and not the buffers: rotary frequencies stay in float32
         parameter.requires_grad_(False)

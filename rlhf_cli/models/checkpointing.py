@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_cli.data.batch import Batch, collate
 from rlhf_cli.data.tokens import Completion, Sample
+from rlhf_cli.models import sharding
 from rlhf_cli.models.roles import Role
 
 PROBE = 16
@@ -128,7 +129,7 @@ def footprint(role: Role, length: int) -> Footprint:
 def _kept(role: Role, found: list[GradientCheckpointingLayer], tokens: int) -> tuple[float, float, float]:
     """Bytes that a forward of an example of so many tokens keeps in these layers and outside of them, weights not
     counted; and bytes of the inputs of these layers."""
-    own = {p.untyped_storage().data_ptr() for p in role.base.model.parameters()}
+    own = {sharding.held(p).untyped_storage().data_ptr() for p in role.base.model.parameters()}
     stored: dict[int, tuple[int, bool]] = {}
     inside, border = [False], [0]
 
@@ -140,6 +141,7 @@ def _kept(role: Role, found: list[GradientCheckpointingLayer], tokens: int) -> t
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], more: dict[str, Any]) -> None:
         inside[0] = True
+        own.update(p.untyped_storage().data_ptr() for p in module.parameters())  # whole, where they were in parts
         border[0] += (arguments[0] if arguments else more["hidden_states"]).nbytes
 
     def leave(*_: Any) -> None:

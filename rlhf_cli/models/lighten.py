@@ -171,6 +171,7 @@ def _adapted(self: Any, x: Tensor, *more: Any, **named: Any) -> Tensor:
     if not usual:
         return plain(self, x)  # type: ignore[no-any-return]
     out, scale = self.base_layer(x), self.scaling[name]
+    out = out.clone() if out._is_view() else out  # of a 4-bit layer with a bias, which autograd lets nobody change
     if out.dtype != dtype or not out.is_contiguous():
         return (out + up(down(x)) * scale).to(out.dtype)  # type: ignore[no-any-return]
     total: Tensor = AddLora.apply(out, x, down.weight, up.weight, float(scale))

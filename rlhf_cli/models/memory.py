@@ -5,8 +5,12 @@ The only place that asks: everything that decides by memory takes these numbers 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +41,29 @@ def peak(device: torch.device, function: Callable[[], object]) -> int | None:
     before = torch.cuda.memory_allocated(device)
     function()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def most() -> int:
+    """Bytes that were held at most: on a card since this was asked last, elsewhere by the process so far."""
+    if torch.cuda.is_available():
+        found = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return int(found)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux: at most, so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Return freed memory that the C library keeps for later to the system."""
+    with suppress(OSError, AttributeError):  # only glibc can
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def ran_out(error: Exception) -> bool:

@@ -45,7 +45,11 @@ def merge(text: Text, weights: Weights, dtype: Dtype) -> Merged:
     Raises ModelError: no adapter, a process model, no memory.
     """
     if text.path.kind != "adapter":
-        raise ModelError("is no adapter: its weights are whole already", text.path.name, "use its final/ as it is")
+        raise ModelError(
+            "is no adapter: its weights are whole already",
+            text.path.name,
+            f"use {text.path.weights or text.path.name} as it is",
+        )
     if text.path.role == "process":
         raise ModelError("is a process model, which is not merged here", text.path.name, "load it with peft")
     stored = str(getattr(text.config.get_text_config(), "dtype", None)).removeprefix("torch.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.data.batch import Batch
+from rlhf_cli.models import processes, sharding
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.attention import forward_arguments
 from rlhf_cli.models.base import Base
@@ -93,6 +94,8 @@ class Role:
         """Last hidden states: (R L, H). Call within `active`."""
         if batch.packed and not self.base.packed:
             raise RoleError("a packed batch for a base that cannot take it")
+        if self.base.shards and processes.count() == 1:
+            raise RoleError(f"{self.name} is held in parts by several processes, and one of them asks it alone")
         states = self.base.model.base_model(**forward_arguments(batch)).last_hidden_state  # (R, L, H)
         if torch.is_grad_enabled():
             self.base.open_graph = self
@@ -213,7 +216,7 @@ class Role:
             raise RoleError(f"{self.name}: other tensors than its own: {sorted(set(own) ^ set(tensors))[:3]}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                sharding.fill(own[name], tensor)
 
 
 def tuner(base: Base) -> Any:

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import adapters
-from rlhf_cli.models.base import Text, keep_4bit_layout
+from rlhf_cli.models import adapters, sharding
+from rlhf_cli.models.base import Text
+from rlhf_cli.models.quantised import keep_4bit_layout
 from rlhf_cli.models.roles import Role
 
 
@@ -35,7 +36,7 @@ def save_policy(role: Role, text: Text, folder: Path) -> None:
 def _write_full(role: Role, folder: Path) -> None:
     """Full weights, in the compute dtype."""
     model, dtype = role.base.model, role.base.dtype
-    state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in sharding.state(role.base).items()}
     model.save_pretrained(folder, state_dict=state)
     with _config_dtype(model.config, dtype):  # save_pretrained names the dtype of the weights in memory
         model.config.save_pretrained(folder)
@@ -71,8 +72,7 @@ def save_reward(role: Role, text: Text, folder: Path, labels: Sequence[str] = ()
     prefix = shell.base_model_prefix
     dtype = role.base.dtype
     state: dict[str, Tensor] = {
-        f"{prefix}.{k}": v.detach().to(dtype) if v.is_floating_point() else v
-        for k, v in role.base.model.base_model.state_dict().items()
+        f"{prefix}.{k}": v.detach().to(dtype) if v.is_floating_point() else v for k, v in _body(role).items()
     }
     state |= {f"score.{k}": v.detach().to(dtype) for k, v in role.head.state_dict().items()}
     missing = sorted(set(shell.state_dict()) ^ set(state))
@@ -80,6 +80,15 @@ def save_reward(role: Role, text: Text, folder: Path, labels: Sequence[str] = ()
         raise ModelError(f"this architecture keeps its classifier elsewhere: {missing[0]}", str(folder))
     shell.save_pretrained(folder, state_dict=state)
     _write_text(text, folder)
+
+
+def _body(role: Role) -> dict[str, Tensor]:
+    """The tensors of a model without its heads."""
+    model = role.base.model
+    if role.base.collected is None:
+        return dict(model.base_model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    return {k.removeprefix(prefix): v for k, v in role.base.collected.items() if k.startswith(prefix)}
 
 
 def _classifier(labels: Sequence[str]) -> Any:

@@ -203,6 +203,7 @@ def _forward(
         if bent is not None:
             bend[r][hit] = bent[hit, own]
         sums.add(r, logits, bent, head.columns(c))
+        del logits, bent  # before the next tile is formed
     spread, watched = sums.mass.log(), sums.watched()
     means = [total / sums.mass[:, None] for total in sums.weights]
     found = []
@@ -237,6 +238,7 @@ def _backward(
             by_entropy, entropy = bonus[0][r], bonus[1][r]
             lift = (upstream[r] + by_entropy * (entropy - mass[1, r].log()))[:, None] + by_entropy[:, None] * logits
             by_logit = logits.exp_().mul_(lift).div_(-mass[1, r][:, None])
+            del lift
         hit, own = _inside(ids[r], c)
         by_logit[hit, own] += upstream[r][hit]
         if bent is not None:
@@ -246,6 +248,7 @@ def _backward(
         factor = by_logit.to(rows.dtype)
         found[r] += product(factor, head.columns(c))
         add_gradient(head, c, factor, by_logit, rows[r])
+        del logits, bent, by_logit, factor
     return found.to(hidden.dtype)
 
 

@@ -80,6 +80,7 @@ def _pass(rows: Tensor, head: Head, ids: Tensor, upstream: float) -> tuple[Tenso
         factor = by_logit.to(rows.dtype)
         found[r] = product(factor, head.columns(slice(0, vocabulary)))
         add_gradient(head, slice(0, vocabulary), factor, by_logit, rows[r])
+        del logits, bent, by_logit, factor  # before the next block is formed
     return logp, entropy, found
 
 
@@ -91,4 +92,5 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
         mass += each.sum(1)
         moment += torch.einsum("rc,rc->r", each, tile)
         tile.copy_(each)
+        del each
     return mass, moment

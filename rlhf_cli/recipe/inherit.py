@@ -20,7 +20,7 @@ def inherit_adapter(recipe: Work) -> Any:
     """
     if not isinstance(recipe, Recipe):
         return recipe
-    path = resolve_model(recipe.model.name_or_path)
+    path = resolve_model(recipe.model.name_or_path, weights=False)  # those are looked for when they are read
     if path.kind != "adapter" or path.weights is None:
         return recipe
     if recipe.lora is None:

@@ -33,10 +33,16 @@ _FREE = (
     "training.spike_window",
     "model.gradient_checkpointing",
     "rollout.max_batch",
+    "rollout.server",
+    "rollout.server_timeout",
+    "rollout.adapter_folder",
+    "rollout.sleep",
     "reference_cache",
     "data.cache",
     "data.max_bad_rows",
     "doctor",
+    "license",
+    "distributed",
 )
 """Keys that cannot change what a step computes. `doctor` and the spikes decide when to stop and what to undo, and may
 change when a stopped run goes on."""

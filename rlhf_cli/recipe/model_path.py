@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rlhf_cli.errors import ModelError, did_you_mean
+from rlhf_cli.recipe.glance import run_of
 
 WHOLE = 8 * 2**20
 """Weight files below this size are hashed whole, in bytes."""
@@ -71,16 +72,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve_model(name_or_path: str) -> ModelPath:
+def resolve_model(name_or_path: str, *, weights: bool = True) -> ModelPath:
     """Tell a run directory, a model folder and a hub id apart. Raises ModelError when the path is missing, the run is
-    not finished, or the folder holds no model that may be loaded."""
+    not finished, or the folder holds no model that may be loaded. weights: whether they must be there."""
     path = _local(name_or_path)
     if path is None:
         return ModelPath(name_or_path, "hub", None, "full", "policy", None, True)
     if not path.is_dir():
-        raise ModelError("is a file; a model is a folder, a run directory or a hub id", where=name_or_path)
+        raise ModelError("is a file; a model is a folder, a run directory or a hub id", where=name_or_path,
+                         hint=_beside(path))  # fmt: skip
     if not (path / "run.json").is_file():
-        return _folder(name_or_path, path, "folder", None)
+        return _folder(name_or_path, path, "folder", None, weights)
     run = read_json(path / "run.json")
     stage = run.get("stage", "STAGE")
     if not (path / "DONE").is_file():
@@ -93,6 +95,14 @@ def resolve_model(name_or_path: str) -> ModelPath:
                              hint="name the run of a model")  # fmt: skip
         raise ModelError("this run has no final/", where=name_or_path, hint="it was removed; train the run again")
     return _folder(name_or_path, path / "final", "run", run)
+
+
+def _beside(path: Path) -> str:
+    """The run that a recipe makes, or that a file lies in."""
+    if (run := run_of(path)) is not None:
+        return f"the run of this recipe: {run}"
+    above = next((str(p) for p in path.parents if (p / "run.json").is_file()), "")
+    return f"name the run: {above}" if above else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,13 +132,16 @@ def _sampled(path: Path) -> Iterator[bytes]:
             yield file.read(BLOCK)
 
 
-def _folder(name: str, path: Path, source: Literal["run", "folder"], run: dict[str, Any] | None) -> ModelPath:
+def _folder(
+    name: str, path: Path, source: Literal["run", "folder"], run: dict[str, Any] | None, weights: bool = True
+) -> ModelPath:
     adapter = path / "adapter_config.json"
     if not adapter.is_file() and not (path / "config.json").is_file():
         raise ModelError(
             "holds no config.json and no adapter_config.json", where=str(path), hint="give a model or a run directory"
         )
-    _refuse_pickle(path)
+    if weights or adapter.is_file():
+        _refuse_pickle(path)
     base: str | None
     if adapter.is_file():
         settings = read_json(adapter)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rlhf_cli.errors import Problem, RecipeError, did_you_mean
+from rlhf_cli.recipe.glance import stage_of
 from rlhf_cli.recipe.hints import foreign_value
 from rlhf_cli.recipe.keys import stages_with
 from rlhf_cli.recipe.overrides import override
@@ -106,7 +107,7 @@ def _decode(raw: bytes, path: str) -> str:
 
 def _neighbour(path: Path) -> str:
     try:
-        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml") and p.name[0] != ".")
+        names = sorted(p.name for p in path.parent.iterdir() if stage_of(p) is not None)
     except (OSError, ValueError):
         return f"the folder {path.parent} does not exist"
     close = did_you_mean(path.name, names)

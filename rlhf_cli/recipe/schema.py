@@ -15,11 +15,12 @@ from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
 from rlhf_cli.recipe.evaluation import EvalRecipe
 from rlhf_cli.recipe.settings.blocks import Name, as_mapping, block, terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
+from rlhf_cli.recipe.settings.distributed import DistributedSettings
 from rlhf_cli.recipe.settings.doctor import TripwireSettings
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
 from rlhf_cli.recipe.settings.ppo import CriticSettings, PPOSettings
 from rlhf_cli.recipe.settings.rewards import RewardSettings
-from rlhf_cli.recipe.settings.rollout import RolloutSettings
+from rlhf_cli.recipe.settings.rollout import HIGHEST_RANK, RolloutSettings
 from rlhf_cli.recipe.settings.training import CheckpointSettings, EvaluationSettings, LoggingSettings, TrainingSettings
 from rlhf_cli.recipe.work import Work
 
@@ -41,6 +42,11 @@ class Recipe(Work):
     """When to save."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """When to evaluate."""
+    license: Name | None = None
+    """Of the result, for its card: an id of the hub (apache-2.0) or a name; null: that of its base, where it is
+    declared."""
+    distributed: DistributedSettings = DistributedSettings()
+    """Several processes, started by torchrun."""
 
     def data_read(self) -> list[SourceSettings]:
         return [*self.data.train, *(self.data.eval or [])]
@@ -72,9 +78,29 @@ class Recipe(Work):
                 f"training.layout packed needs attention by segments, and model.attn_implementation "
                 f"{self.model.attn_implementation} has none: set one of them to auto"
             )
+        yield from self._sharded()
         for entry in self.objectives() if self.training.batch_size < 2 else ():
             if {"kl_point", "whole_step"} & set(entry.needs):
                 yield f"training.batch_size is 1, and objective {entry.name} compares those of a step: two at least"
+
+    def _sharded(self) -> Iterator[str]:
+        if self.distributed.shard == "none":
+            return
+        training = "trains parts of tensors, and cannot go with"
+        if self.model.quantization != "none":
+            yield (
+                f"distributed.shard full cannot share out what bitsandbytes has packed, and model.quantization is "
+                f"{self.model.quantization}: set one of them to none"
+            )
+        if self.lora is None and self.training.optimizer not in ("adamw", "sgd"):
+            yield (
+                f"distributed.shard full {training} training.optimizer {self.training.optimizer} while lora is null: "
+                "use adamw or sgd"
+            )
+        if self.lora is None and self.model.dtype == "float16":
+            yield f"distributed.shard full {training} model.dtype float16 while lora is null: use bfloat16"
+        if self.lora is not None and self.lora.use_dora:
+            yield "distributed.shard full cannot go with lora.use_dora, which reads whole weights: use_dora: false"
 
     def objectives(self) -> list[Objective]:
         """What is minimised, term by term; none for ppo."""
@@ -163,11 +189,14 @@ class PPORecipe(Recipe):
         yield from self._unread()
         yield from self._groups()
         yield from self._rewards()
+        if self.distributed.shard == "full" and self.rollout.engine == "continuous":
+            yield "distributed.shard full cannot go with rollout.engine continuous: use own or generate"
         if self.rollout.max_new_tokens >= self.data.max_length:
             yield (
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "
                 f"data.max_length = {self.data.max_length}"
             )
+        yield from self._served()
         if self.data.truncation == "right":
             yield "data.truncation right cuts completions, and ppo's data have none: use left or drop"
         steps = self.training.max_steps
@@ -176,6 +205,19 @@ class PPORecipe(Recipe):
                 f"critic.pretrain_steps = {self.critic.pretrain_steps} would be all of training.max_steps = {steps}: "
                 f"the policy would never be trained"
             )
+
+    def _served(self) -> Iterator[str]:
+        if self.rollout.engine != "vllm":
+            return
+        if self.lora is None:
+            yield (
+                "rollout.engine vllm is handed an adapter after each step, and lora is null: "
+                "add `lora: {}`, or use engine own"
+            )
+        elif self.lora.use_dora:
+            yield "rollout.engine vllm knows no lora.use_dora: use_dora: false, or engine own"
+        elif self.lora.r > HIGHEST_RANK:
+            yield f"lora.r = {self.lora.r} is more than rollout.engine vllm takes, {HIGHEST_RANK}: lower it"
 
     def _unread(self) -> Iterator[str]:
         estimator = ESTIMATORS[self.ppo.advantage.name]

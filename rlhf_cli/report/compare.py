@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.report.axes import Axis, X
 from rlhf_cli.report.evaluation import write_evaluation
 from rlhf_cli.report.overlay import MOST, Member, key, panel, phases, reached, travelled
 from rlhf_cli.report.page import write_report
@@ -29,24 +30,28 @@ from rlhf_cli.report.sections import (
 from rlhf_cli.report.story import REPORT, Story, read_all, sound
 
 
-def write(given: Sequence[str], out: str | None) -> Path:
+def write(given: Sequence[str], out: str | None, x: X = "step") -> list[str]:
     """Write the page of one run into its directory, or of several as report.html of the working directory; `out` names
-    another file.
+    another file, `x` what curves are drawn over.
 
     Returns:
-        Its path. Raises RecipeError or ModelError with everything that is wrong; nothing is written then.
+        What there is to say: where the page is, and which runs are not finished. Raises RecipeError or ModelError with
+        everything that is wrong; nothing is written then.
     """
     stories = read_all(given)
     alone = stories[0] if len(stories) == 1 else None
     target = Path(out).expanduser() if out is not None else alone.path / REPORT if alone else Path(REPORT)
     _check(target, out, alone)
     if alone is None:
-        return write_comparison(stories, target)
-    maker = write_evaluation if alone.figures else write_report
-    return sound(alone.path, lambda: maker(alone.path, target=target))
+        page = write_comparison(stories, target, x)
+    elif alone.figures:
+        page = sound(alone.path, lambda: write_evaluation(alone.path, target=target))
+    else:
+        page = sound(alone.path, lambda: write_report(alone.path, target=target, x=x))
+    return [*(f"{s.path} is not finished: {s.pending}" for s in stories if s.pending), f"report: {page}"]
 
 
-def write_comparison(stories: Sequence[Story], target: Path) -> Path:
+def write_comparison(stories: Sequence[Story], target: Path, x: X = "step") -> Path:
     """Write the page of several runs; the same files give the same page. Raises ModelError when the disk refuses."""
     names, found = [story.name for story in stories], [story.curves for story in stories]
     title = f"{len(stories)} runs"
@@ -58,7 +63,7 @@ def write_comparison(stories: Sequence[Story], target: Path) -> Path:
         held_out(stories),
         _panels("Reward against KL", [*travelled(found), *reached(stories)],
                 "Open circle: first, full circle: last. Scores compare where rewards and prompts are the same."),
-        *_curves(found, names),
+        *_curves(found, names, [story.axes[x] for story in stories]),
         phases(found, names),
         evaluations(stories),
         summaries(stories),
@@ -92,7 +97,7 @@ def _check(target: Path, out: str | None, alone: Story | None) -> None:
 # --- curves ----------------------------------------------------------------------------------------------
 
 
-def _curves(found: Sequence[dict[str, Curve]], called: Sequence[str]) -> Iterator[str]:
+def _curves(found: Sequence[dict[str, Curve]], called: Sequence[str], where: Sequence[Axis]) -> Iterator[str]:
     """Panels by metric: on held-out data, while training, and those that one run alone has."""
     drawn = [n for n, one in enumerate(found) if one]
     if len(drawn) > MOST:
@@ -104,17 +109,17 @@ def _curves(found: Sequence[dict[str, Curve]], called: Sequence[str]) -> Iterato
             members.setdefault(name, []).append((n, curve))
     shared = {name: m for name, m in members.items() if len(m) > 1 or len(drawn) == 1}
     for title, held in (("Curves on held-out data", True), ("Curves", False)):
-        yield _panels(title, _cells({n: m for n, m in shared.items() if m[0][1].held_out == held}, called))
+        yield _panels(title, _cells({n: m for n, m in shared.items() if m[0][1].held_out == held}, called, where))
     for n in drawn:
         lone = {name: m for name, m in members.items() if name not in shared and m[0][0] == n}
-        panels = _panels("", _cells(lone, called))
+        panels = _panels("", _cells(lone, called, where))
         yield f'<div class="run{n}">{folded(f"Metrics of {called[n]} alone: {len(lone)}", panels)}</div>'
 
 
-def _cells(members: dict[str, list[Member]], called: Sequence[str]) -> list[str]:
+def _cells(members: dict[str, list[Member]], called: Sequence[str], where: Sequence[Axis]) -> list[str]:
     """The panels, in the order of subjects."""
     subjects = grouped([m[0][1] for m in members.values()], most=max(1, len(members)))
-    return [panel(curve.name, members[curve.name], called) for _, group in subjects for curve in group]
+    return [panel(curve.name, members[curve.name], called, where) for _, group in subjects for curve in group]
 
 
 def _panels(title: str, cells: Sequence[str], note: str = "") -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
+from rlhf_cli.report.axes import Axis, mark, on
 from rlhf_cli.report.evaluation import FIGURES
 from rlhf_cli.report.parts import shown
 from rlhf_cli.report.plots import HUES, Curve, drawn, thinned
@@ -51,9 +52,10 @@ def key(run: int) -> str:
     )
 
 
-def panel(title: str, members: Sequence[Member], called: Sequence[str]) -> str:
-    """A metric of all runs that have it."""
-    picture = drawn(title, lambda axes: _draw(axes, members))
+def panel(title: str, members: Sequence[Member], called: Sequence[str], where: Sequence[Axis]) -> str:
+    """A metric of all runs that have it; where: by run."""
+    placed = [(run, on(curve, where[run])) for run, curve in members]
+    picture = drawn(title, lambda axes: _draw(axes, placed, where[members[0][0]]))
     notes = [f"{called[run]}: not finite at step {', '.join(map(str, curve.wild[:5]))}" for run, curve in members
              if curve.wild]  # fmt: skip
     return _cell(title, picture, notes)
@@ -120,12 +122,9 @@ def _style(run: int) -> dict[str, Any]:
     return {"color": HUES[run % len(HUES)], "gid": f"run{run}", "linestyle": (0, dashes) if dashes else "-"}
 
 
-def _draw(axes: Any, members: Sequence[Member]) -> None:
+def _draw(axes: Any, members: Sequence[Member], where: Axis) -> None:
     """The raw values or their band, the smoothed line, a dotted line where a value was not finite."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=7))
+    mark(axes, where)
     for run, curve in members:
         style = _style(run)
         faint = {"color": style["color"], "gid": style["gid"]}
@@ -194,8 +193,9 @@ def _best_of(story: Story) -> Trace:
 
 
 def phases(found: Sequence[Mapping[str, Curve]], called: Sequence[str]) -> str:
-    """Seconds a step by phase, as bars of one scale; nothing where no run logged them."""
-    spent = {n: {name[5:].removesuffix("_s"): _mean(curve) for name, curve in one.items() if name.startswith("time/")}
+    """Seconds a step by phase, as bars of one scale; nothing where no run logged them. What is not done in every step,
+    an evaluation say, is spread over them all."""
+    spent = {n: _spent({name: curve for name, curve in one.items() if name.startswith("time/")})
              for n, one in enumerate(found)}  # fmt: skip
     spent = {n: one for n, one in spent.items() if one}
     longest = max((sum(one.values()) for one in spent.values()), default=0.0)
@@ -213,6 +213,8 @@ def phases(found: Sequence[Mapping[str, Curve]], called: Sequence[str]) -> str:
     return f'<h2>Time of a step by phase</h2><p class="phases">{legend}</p><div class="fact">{"".join(rows)}</div>'
 
 
-def _mean(curve: Curve) -> float:
-    finite = [v for v in curve.values if math.isfinite(v)]
-    return math.fsum(finite) / len(finite) if finite else 0.0
+def _spent(curves: Mapping[str, Curve]) -> dict[str, float]:
+    """Seconds a step of each phase."""
+    steps = max((len(curve.steps) for curve in curves.values()), default=0)
+    return {name.removeprefix("time/").removesuffix("_s"): math.fsum(filter(math.isfinite, curve.values)) / steps
+            for name, curve in curves.items()}  # fmt: skip

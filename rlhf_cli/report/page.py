@@ -11,22 +11,24 @@ from urllib.parse import quote
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.report.axes import Axis, X, axis
 from rlhf_cli.report.overlay import phases, travelled
 from rlhf_cli.report.parts import shown, side, table, text_of, write_page
 from rlhf_cli.report.plots import Curve, curves, grouped, svg
 from rlhf_cli.report.postmortem import PAGE
 from rlhf_cli.report.sections import figures, findings
-from rlhf_cli.report.story import REPORT, SUMMARY, read_events
+from rlhf_cli.report.story import REPORT, SUMMARY, pending, read_events
 from rlhf_cli.runs.metrics import number, read_lines
 
 
-def write_report(run_path: Path, seconds: float | None = None, target: Path | None = None) -> Path:
+def write_report(run_path: Path, seconds: float | None = None, target: Path | None = None, x: X = "step") -> Path:
     """Write report.html from what lies in a run directory; the same files give the same page.
 
     Args:
         run_path: the run; run.json must be there, everything else may be missing.
         seconds: how long the run took; None: not shown.
         target: where to write the page; None: report.html of the run.
+        x: what its curves are drawn over.
 
     Returns:
         Its path. Raises ModelError when a file is damaged or the disk refuses.
@@ -40,12 +42,14 @@ def write_report(run_path: Path, seconds: float | None = None, target: Path | No
     parts = [
         _head(run_path, run),
         _postmortem(run_path, target),
-        _facts(run, rows, found, seconds) if run.get("role") != "data" else "",
+        _facts(run, rows, found, seconds, pending(run_path, rows[-1] if rows else {}))
+        if run.get("role") != "data"
+        else "",
         figures("Figures", ("", ""), [read_json(summary)]) if summary.is_file() else "",
         _held_out(found),
         _health(run_path),
         _frontier(by_name),
-        _panels(found),
+        _panels(found, axis(x, rows)),
         phases([by_name], [run_path.name]),
         _samples(read_lines(run_path / "samples.jsonl")),
         _data(run_path / "data-report.json"),
@@ -78,13 +82,16 @@ def _frontier(found: dict[str, Curve]) -> str:
     return f'<h2>Reward against KL</h2><div class="panels">{"".join(cells)}</div>' if cells else ""
 
 
-def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]], found: Sequence[Curve], seconds: float | None) -> str:
+def _facts(
+    run: dict[str, Any], rows: Sequence[dict[str, Any]], found: Sequence[Curve], seconds: float | None, far: str
+) -> str:
     """The headline: what was trained on what, for how long."""
     recipe = run.get("recipe", {})
     objective = recipe.get("objective") or {}
     last = rows[-1] if rows else {}
     lora = recipe.get("lora")
     facts = [
+        ("not finished", far),
         ("model", recipe.get("model", {}).get("name_or_path", "")),
         ("trained", f"adapter of rank {lora.get('r')}" if lora else "all weights"),
         ("quantised base", recipe.get("model", {}).get("quantization", "none")),
@@ -92,7 +99,8 @@ def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]], found: Sequence[
         ("steps", shown(number(last.get("step"))) or "0"),
         ("tokens", shown(number(last.get("num_tokens")))),
         ("duration", "" if seconds is None else _duration(seconds)),
-        ("final loss", next((shown(c.values[-1]) for c in found if c.name == "loss"), "")),
+        ("peak memory", next((f"{shown(max(c.values))} GiB" for c in found if c.name == "mem/peak_gib"), "")),
+        ("newest loss" if far else "final loss", next((shown(c.values[-1]) for c in found if c.name == "loss"), "")),
     ]
     cells = [f'<div class="fact"><span>{name}</span><b>{escape(str(v))}</b></div>' for name, v in facts if v]
     return f'<div class="facts" style="margin-top:1.2rem">{"".join(cells)}</div>'
@@ -115,12 +123,12 @@ def _held_out(found: Sequence[Curve]) -> str:
     return table("Held-out data", ("metric", "first", "last", "change"), rows)
 
 
-def _panels(found: Sequence[Curve]) -> str:
+def _panels(found: Sequence[Curve], where: Axis) -> str:
     cells = []
     for title, members in grouped(found):
         wild = [f"{c.name} was not finite at step {', '.join(map(str, c.wild[:5]))}" for c in members if c.wild]
         notes = "".join(f'<p class="wild">{escape(note)}</p>' for note in wild)
-        cells.append(f'<div class="panel"><h3>{escape(title)}</h3>{svg(title, members)}{notes}</div>')
+        cells.append(f'<div class="panel"><h3>{escape(title)}</h3>{svg(title, members, where)}{notes}</div>')
     return f'<h2>Curves</h2><div class="panels">{"".join(cells)}</div>' if cells else ""
 
 

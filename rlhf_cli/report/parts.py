@@ -45,6 +45,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   border-bottom: 1px solid var(--line); }
 .legend label { display: inline-flex; align-items: center; gap: .35rem; overflow-wrap: anywhere; }
 .legend input { display: none; margin: 0; } @supports selector(:has(*)) { .legend input { display: inline; } }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 svg.key { width: 1.9rem; height: .5rem; display: inline-block; flex: none; vertical-align: .12em; }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(240px, 100%), 1fr)); }
 .cards > div { background: var(--mark); border-radius: 6px; padding: .5rem .7rem; min-width: 0; }

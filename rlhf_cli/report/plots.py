@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.report.axes import STEPS, Axis, mark, on
 from rlhf_cli.runs.metrics import number
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _SUBJECTS: tuple[tuple[str, str], ...] = (
     ("Learning rate", r"(.*[/_])?learning_rate"),
     ("Gradient norm", r"(.*[/_])?grad_norm"),
     ("Tokens per second", r"tokens_per_second"),
+    ("Seconds of a step by phase", r"time/.*"),
+    ("Peak memory, GiB", r"mem/.*"),
 )
 _COUNTERS = {"step", "epoch", "num_tokens", "episode"}
 
@@ -48,7 +51,8 @@ class Curve:
     """A metric over the steps at which it was logged."""
 
     name: str
-    steps: tuple[int, ...]
+    steps: tuple[int | float, ...]
+    """Numbers of steps; of a curve that is drawn over something else, its places there."""
     values: tuple[float, ...]
     """NaN and infinities as they were logged."""
 
@@ -58,7 +62,7 @@ class Curve:
         return _HELD_OUT.fullmatch(self.name) is not None
 
     @property
-    def wild(self) -> tuple[int, ...]:
+    def wild(self) -> tuple[int | float, ...]:
         """Steps at which the value was not finite."""
         return tuple(s for s, v in zip(self.steps, self.values, strict=True) if not math.isfinite(v))
 
@@ -94,9 +98,9 @@ def grouped(found: Sequence[Curve], most: int = len(HUES)) -> list[tuple[str, li
     return result
 
 
-def svg(title: str, members: Sequence[Curve]) -> str:
+def svg(title: str, members: Sequence[Curve], where: Axis = STEPS) -> str:
     """One panel of curves."""
-    return drawn(title, lambda axes: _draw(axes, members))
+    return drawn(title, lambda axes: _draw(axes, [on(curve, where) for curve in members], where))
 
 
 def drawn(title: str, draw: Callable[[Axes], None]) -> str:
@@ -129,18 +133,15 @@ def drawn(title: str, draw: Callable[[Axes], None]) -> str:
     return _themed(out.getvalue(), title)
 
 
-def _draw(axes: Axes, members: Sequence[Curve]) -> None:
+def _draw(axes: Axes, members: Sequence[Curve], where: Axis) -> None:
     """Lines, held-out points, marks where a value was not finite."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=7))
+    mark(axes, where)
     names = {curve.name for curve in members}
     for hue, curve in zip(HUES, members, strict=False):
         finite = [v if math.isfinite(v) else math.nan for v in curve.values]
         few = len(curve.steps) <= 12 or curve.held_out
         style = {"color": hue, "marker": "o" if few else "", "markersize": 3.5}
-        steps: Sequence[int] = curve.steps
+        steps: Sequence[float] = curve.steps
         if len(finite) > _ENDLESS:
             steps, finite, low, high = thinned(curve)
             axes.fill_between(steps, low, high, color=hue, alpha=0.2, linewidth=0)
@@ -160,10 +161,10 @@ def moving(values: Sequence[float], width: int) -> list[float]:
     return [math.fsum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - width + 1) : i + 1])]
 
 
-def thinned(curve: Curve, most: int = STRETCHES) -> tuple[list[int], list[float], list[float], list[float]]:
+def thinned(curve: Curve, most: int = STRETCHES) -> tuple[list[float], list[float], list[float], list[float]]:
     """Steps, means, lowest and highest values of at most `most` stretches of a curve; NaN where none is finite."""
     width = max(1, math.ceil(len(curve.steps) / most))
-    steps, means, low, high = [], list[float](), list[float](), list[float]()
+    steps, means, low, high = list[float](), list[float](), list[float](), list[float]()
     for start in range(0, len(curve.steps), width):
         finite = [v for v in curve.values[start : start + width] if math.isfinite(v)] or [math.nan]
         steps.append(curve.steps[min(start + width, len(curve.steps)) - 1])

@@ -36,10 +36,16 @@ def overview(stories: Sequence[Story]) -> str:
             story.name, story.stage, str(model.get("name_or_path", "")), str(objective.get("name", "")),
             trained.replace(" ", _TIED),
             shown(story.steps) if story.curves else "", shown(story.tokens),
-            shown(peak.values[-1]) if peak else "", "done" if story.done else f"not{_TIED}finished",
+            shown(peak.values[-1]) if peak else "", _state(story),
         ))  # fmt: skip
     names = ("run", "command", "model", "objective", "trained", "steps", "tokens", "peak memory, GiB", "state")
     return _used("Runs", names, rows)
+
+
+def _state(story: Story) -> str:
+    if story.done:
+        return "done"
+    return f"not{_TIED}finished" + (f": {story.pending}" if story.pending else "")
 
 
 def _used(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

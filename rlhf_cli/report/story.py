@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
+from rlhf_cli.recipe.glance import run_of
 from rlhf_cli.recipe.model_path import read_json, similar
 from rlhf_cli.recipe.tree import parse, plain
+from rlhf_cli.report.axes import Axis, X, axis
 from rlhf_cli.report.evaluation import FIGURES, Table, tables
 from rlhf_cli.report.plots import Curve, curves
 from rlhf_cli.report.postmortem import EVENTS, title_of
@@ -39,11 +41,15 @@ class Story:
     recipe: dict[str, Any]
     """recipe.yaml; empty where the file is missing, as are all that follow."""
     curves: dict[str, Curve]
+    axes: dict[X, Axis]
+    """What they may be drawn over."""
     steps: int
     tokens: float | None
     samples: list[dict[str, Any]]
     events: list[tuple[str, list[str]]]
     """What the doctor found or did: a title and sentences, in order."""
+    pending: str
+    """How far a run came that is not finished; empty for one that is."""
     data: dict[str, Any]
     """data-report.json."""
     summary: dict[str, Any]
@@ -92,12 +98,30 @@ def read_story(path: Path, name: str) -> Story:
     figures = _object(path / FIGURES)
     return Story(
         path, name, stage, (path / "DONE").is_file(), meaning, _recipe(path / "recipe.yaml"),
-        {curve.name: curve for curve in found}, int(last.get("step", 0)), number(last.get("num_tokens")),
+        {curve.name: curve for curve in found}, {x: axis(x, rows) for x in get_args(X)},
+        int(last.get("step", 0)), number(last.get("num_tokens")),
         sound(path / "samples.jsonl", lambda: read_lines(path / "samples.jsonl")),
-        read_events(path),
+        read_events(path), pending(path, last),
         _object(path / "data-report.json"), _object(path / SUMMARY), figures,
         sound(path / FIGURES, lambda: list(tables(figures))),
     )  # fmt: skip
+
+
+def pending(path: Path, last: dict[str, Any]) -> str:
+    """How far a run came that is under way or was stopped, by its last line of metrics; empty for one that is finished
+    or is just being finished. Raises ModelError for a damaged recipe."""
+    if (path / "DONE").is_file():
+        return ""
+    if not last:
+        return "no step yet"
+    settings = _recipe(path / "recipe.yaml").get("training") or {}
+    step, epoch = number(last.get("step")) or 0.0, number(last.get("epoch"))
+    most, epochs = number(settings.get("max_steps")), number(settings.get("num_epochs"))
+    if (path / "final").is_dir() and (most is None or step >= most):
+        return ""
+    if most is not None:
+        return f"step {step:,.0f} of {most:,.0f}"
+    return f"step {step:,.0f}" + (f", epoch {epoch:.2f} of {epochs:g}" if epoch is not None and epochs else "")
 
 
 def read_events(path: Path) -> list[tuple[str, list[str]]]:
@@ -163,8 +187,8 @@ def _is_run(path: Path, text: str) -> None:
     if not there:
         raise RecipeError("no such run", text, similar(path) or "name a run directory")
     if not folder:
-        known = (path.parent / "run.json").is_file()
-        raise RecipeError("is a file", text, f"name its run: {path.parent}" if known else "name a run directory")
+        known = str(path.parent) if (path.parent / "run.json").is_file() else run_of(path)
+        raise RecipeError("is a file", text, f"name its run: {known}" if known else "name a run directory")
     if inside:
         more = " ..." if len(inside) > _NAMED else ""
         raise RecipeError("is no run but holds some", text,

@@ -5,8 +5,6 @@ Everything is masked: what lies past a completion counts nowhere, nor does a com
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli.models import memory
+from rlhf_cli.objectives.importance import truncated_importance
 from rlhf_cli.objectives.kl import k1, k3
 from rlhf_cli.objectives.masked import masked_mean
 from rlhf_cli.rollouts.experience import Experience
@@ -69,6 +69,18 @@ def advantage_figures(advantages: Tensor, mask: Tensor) -> dict[str, float]:
         "advantages/mean": float(found.mean()),
         "advantages/std": float(found.std(correction=0)),
         "advantages/abs_max": float(found.abs().max()),
+    }
+
+
+def importance(experience: Experience, cap: float) -> tuple[Tensor, dict[str, float]]:
+    """Weights of the tokens (N, T) for what another program than the policy as trained has sampled, and their figures:
+    `max` is before the cap."""
+    weights, cut = truncated_importance(experience.logp, experience.sampled_logp, cap=cap)
+    gap, mask = (experience.logp - experience.sampled_logp)[experience.mask], experience.mask
+    return weights, {
+        "rollout/importance_mean": float(weights[mask].mean()),
+        "rollout/importance_max": float(gap.clamp(-20.0, 20.0).max().exp()),
+        "rollout/importance_truncated": float(cut[mask].float().mean()),
     }
 
 
@@ -166,7 +178,7 @@ class Clock:
         """time/NAME_s since the last call, and mem/peak_gib: of the GPU, else of the process so far."""
         out = {f"time/{name}_s": round(seconds, 4) for name, seconds in self._seconds.items()}
         self._seconds = {}
-        return out | {"mem/peak_gib": round(_peak_bytes() / 2**30, 4)}
+        return out | {"mem/peak_gib": round(memory.most() / 2**30, 4)}
 
 
 def _now() -> float:
@@ -174,12 +186,3 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _peak_bytes() -> int:
-    """Since the last call on a GPU; the largest resident set of the process elsewhere."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return int(peak)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

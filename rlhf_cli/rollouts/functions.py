@@ -16,6 +16,7 @@ import numpy as np
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.template import Template
 from rlhf_cli.errors import ModelError, RecipeError, did_you_mean
+from rlhf_cli.models import processes
 from rlhf_cli.recipe.function_path import function_file
 from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.answers import Answer, Malformed, taken_apart
@@ -59,7 +60,20 @@ class FunctionReward:
         return replace(scores, tokens=[spread(self.template, sample, text, pairs) for sample, text, pairs in rows])
 
     def ask(self, rollout: Rollout) -> Answer:
-        """The function's answer, in order and in bounds. Raises ModelError as a call does."""
+        """The function's answer, in order and in bounds: the first of several processes asks for all. Raises ModelError
+        as a call does."""
+        if processes.count() == 1:
+            return self._ask(rollout)
+
+        def asked() -> list[Any]:
+            numbers, pairs, parts = self._ask(rollout)
+            return [numbers.tolist(), pairs, {name: values.tolist() for name, values in parts.items()}]
+
+        numbers, pairs, parts = processes.first(asked, f"asking {self.where}")
+        whole = None if pairs is None else [[(int(end), score) for end, score in row] for row in pairs]
+        return Answer(np.array(numbers), whole, {name: np.array(values) for name, values in parts.items()})
+
+    def _ask(self, rollout: Rollout) -> Answer:
         arguments = arguments_of(rollout)
         result = called(lambda: invoke(self.function, arguments), self.where, self.timeout)
         try:

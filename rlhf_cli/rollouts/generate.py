@@ -6,19 +6,23 @@ The own loop reads each prompt once for all its completions, and finished rows l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models import processes, sharding
 from rlhf_cli.models.roles import Role
 from rlhf_cli.rollouts.continuous import by_continuous
 from rlhf_cli.rollouts.engines import by_generate, left_padded
 from rlhf_cli.rollouts.forward import Forward
 from rlhf_cli.rollouts.rows import Rows
-from rlhf_cli.rollouts.sampling import Completed, Sampling
+from rlhf_cli.rollouts.sampling import Completed, Sampling, Stats
+from rlhf_cli.rollouts.vllm import by_vllm
 
 CARRIED = 1 / 16
 """Finished rows are dropped when they are more than this share of the rows."""
@@ -34,19 +38,79 @@ def sample(
     numbers: Sequence[int] | None = None,
 ) -> list[list[Completed]]:
     """`count` completions of each prompt. What is drawn depends on the seed, the number of the prompt (its place unless
-    `numbers` says otherwise) and that of the completion.
+    `numbers` says otherwise) and that of the completion. Several processes share the prompts, and all get everything.
 
     Raises ModelError when a single prompt does not fit the memory, or the engine returns another number of completions.
     """
-    engine, stats, began = ENGINES[sampling.engine], sampling.stats, time.perf_counter()
     of = range(len(prompts)) if numbers is None else numbers
+    with nullcontext() if sampling.server is None else sampling.server.holding(policy):
+        return _shared(policy, prompts, count, stop_ids, sampling, seed, of)
+
+
+def _shared(
+    policy: Role,
+    prompts: Sequence[np.ndarray],
+    count: int,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    of: Sequence[int],
+) -> list[list[Completed]]:
+    """As `sample`; of: the numbers of the prompts."""
+    if processes.count() == 1:
+        return _sampled(policy, prompts, count, stop_ids, sampling, seed, of)
+    mine = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))[processes.rank() :: processes.count()]
+    own = replace(sampling, stats=Stats(heard=sampling.stats.heard))
+    found: dict[int, list[Completed]] = {}
+
+    def work() -> list[float]:
+        with sharding.gathered(policy.base) if sampling.server is None else nullcontext():
+            drawn = _sampled(policy, [prompts[i] for i in mine], count, stop_ids, own, seed, [of[i] for i in mine])
+        found.update(zip(mine, drawn, strict=True))
+        return own.stats.told()
+
+    for told in processes.together(work, "sampling"):
+        sampling.stats.add(told)
+    return _everyones(found)
+
+
+def _everyones(found: Mapping[int, Sequence[Completed]]) -> list[list[Completed]]:
+    """What all processes have sampled, by the prompt's place."""
+    doing, own = "exchanging completions", [c for drawn in found.values() for c in drawn]
+    places = processes.gather([[i, [[len(c.ids), c.finished] for c in drawn]] for i, drawn in found.items()], doing)
+    ids = processes.gather_rows(torch.from_numpy(np.concatenate([c.ids for c in own])) if own else None, doing)
+    logp = processes.gather_rows(torch.from_numpy(np.concatenate([c.logp for c in own])) if own else None, doing)
+    every: dict[int, list[Completed]] = {}
+    for marks, tokens, numbers in zip(places, ids, logp, strict=True):
+        start = 0
+        for i, drawn in marks:
+            every[i] = []
+            for length, finished in drawn:
+                at, start = slice(start, start + length), start + length
+                every[i].append(Completed(tokens[at].numpy(), numbers[at].numpy(), finished))
+    return [every[i] for i in range(len(every))]
+
+
+def _sampled(
+    policy: Role,
+    prompts: Sequence[np.ndarray],
+    count: int,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    of: Sequence[int],
+) -> list[list[Completed]]:
+    """As `sample`, by this process; of: the numbers of the prompts."""
+    engine, stats, began = ENGINES[sampling.engine], sampling.stats, time.perf_counter()
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     out: list[list[Completed]] = [[] for _ in prompts]
-    room, start, done = sampling.max_batch, 0, 0  # done: completions of the prompt at `start`
+    room = sampling.max_batch if sampling.server is None else max(1, len(prompts) * count)  # which it shares out itself
+    start, done = 0, 0  # done: completions of the prompt at `start`
     while start < len(order):
         each = min(count - done, room)
         group = order[start : start + max(1, room // each)] if each == count else [order[start]]
         rows = [of[i] * count + done + k for i in group for k in range(each)]
+        stats.begin()
         try:
             completed = engine(policy, [prompts[i] for i in group], rows, each, stop_ids, sampling, seed)
         except torch.OutOfMemoryError as error:
@@ -60,6 +124,7 @@ def sample(
         if len(completed) != len(rows):
             raise ModelError(f"the engine '{sampling.engine}' returned {len(completed)} completions of {len(rows)}",
                              "rollout.engine", "use another engine")  # fmt: skip
+        stats.tell(len(rows))
         for place, i in enumerate(group):
             out[i] += completed[place * each : (place + 1) * each]
         done += each
@@ -102,6 +167,7 @@ def by_own_loop(
                 states, tokens, position = (x.repeat_interleave(count, 0) for x in (states, tokens, position))
             sampling.stats.row_steps += len(alive)
             token = rows.draw(base.logits(states), alive)
+            sampling.stats.tell(len(numbers) - rows.left)
             if rows.left == 0 or t + 1 == new:
                 break
             if len(alive) - rows.left > CARRIED * len(alive):
@@ -123,4 +189,6 @@ def _moves(going: Tensor, left: int) -> tuple[Tensor, Tensor, Tensor]:
 
 Engine = Callable[[Role, Sequence[np.ndarray], Sequence[int], int, Sequence[int], Sampling, int], list[Completed]]
 
-ENGINES: dict[str, Engine] = {"own": by_own_loop, "generate": by_generate, "continuous": by_continuous}
+ENGINES: dict[str, Engine] = {
+    "own": by_own_loop, "generate": by_generate, "continuous": by_continuous, "vllm": by_vllm,
+}  # fmt: skip

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf_cli.data.template import Template
 from rlhf_cli.recipe.settings.rollout import SamplingSettings
 from rlhf_cli.rollouts.stops import TextStops, split
+
+if TYPE_CHECKING:
+    from rlhf_cli.rollouts.vllm import Server
 
 
 @dataclass
@@ -23,6 +28,32 @@ class Stats:
     halvings: int = 0
     """Times the batch was halved because memory ran out."""
     seconds: float = 0.0
+    heard: Callable[[float], None] | None = None
+    """Is told of so many more completions when they are there."""
+    _told: int = 0
+
+    def begin(self) -> None:
+        """Of the next batch none is there."""
+        self._told = 0
+
+    def tell(self, done: int) -> None:
+        """So many completions of the batch under way are there."""
+        if self.heard is not None and done > self._told:
+            self.heard(done - self._told)
+            self._told = done
+
+    def told(self) -> list[float]:
+        """All counts, for `add`."""
+        return [self.completions, self.tokens, self.row_steps, self.halvings, self.seconds]
+
+    def add(self, told: list[float]) -> None:
+        """What another process took at the same time."""
+        completions, tokens, row_steps, halvings, seconds = told
+        self.completions += int(completions)
+        self.tokens += int(tokens)
+        self.row_steps += int(row_steps)
+        self.halvings += int(halvings)
+        self.seconds = max(self.seconds, seconds)
 
     def take(self) -> dict[str, float]:
         """Metrics, and start anew; none when nothing was sampled."""
@@ -60,6 +91,8 @@ class Sampling:
     engine: str = "own"
     stats: Stats = field(default_factory=Stats, repr=False, compare=False)
     """Shared by all that is made from this by `replace`."""
+    server: Server | None = field(default=None, repr=False, compare=False)
+    """Of the engine vllm; None for those that sample here."""
 
     @classmethod
     def of(cls, settings: SamplingSettings, template: Template) -> Sampling:

@@ -45,6 +45,8 @@ class Run:
         self.recipe = recipe
         self.path = Path(recipe.output_dir)
         self.identity = identity
+        self.about: dict[str, Any] = {}
+        """What run.json shall say besides; a resumed run keeps what it says."""
         self._command = command
         self._resume = resume
         self._decision = decision
@@ -268,6 +270,7 @@ class Run:
             "recipe": self.identity.meaning,
             "inputs": self.identity.sources,
             "lineage": lineage,
+            **self.about,
             **entry,
             "hardware": provenance.hardware(),
         }

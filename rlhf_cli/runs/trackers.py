@@ -7,7 +7,9 @@ what was taken back beside what came after.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,10 +58,17 @@ def open_trackers(names: Sequence[str], run_path: Path, config: dict[str, Any]) 
         run_path: the run directory; its name is the name of the run.
         config: the resolved recipe, shown beside the curves.
 
-    Raises RecipeError when a library is missing.
+    Raises RecipeError when a library is missing, or cannot work as it is set up (no key, no network).
     """
     require(names)
-    opened = [_OPEN[name](run_path, config) for name in names]
+    opened = []
+    for name in names:
+        try:
+            opened.append(_OPEN[name](run_path, config))
+        except Exception as error:  # a library of others may raise anything
+            words = str(error).strip().splitlines()
+            raise RecipeError(f"{name} cannot be opened: {words[0] if words else type(error).__name__}",
+                              "logging.report_to", "set it up, or leave it out") from error  # fmt: skip
     return Trackers(tuple(log for log, _ in opened), tuple(close for _, close in opened))
 
 
@@ -96,8 +105,13 @@ def _wandb(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], No
 def _trackio(run_path: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
     import trackio
 
-    trackio.init(project=PROJECT, name=run_path.name, config=config)
-    return lambda step, metrics: trackio.log(metrics, step=step), trackio.finish
+    def finish() -> None:
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
+    with redirect_stdout(sys.stderr):  # its greetings; what we print there is data
+        trackio.init(project=PROJECT, name=run_path.name, config=config)
+    return lambda step, metrics: trackio.log(metrics, step=step), finish
 
 
 _OPEN: dict[str, Callable[[Path, dict[str, Any]], tuple[Log, Callable[[], None]]]] = {

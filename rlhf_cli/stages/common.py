@@ -17,11 +17,15 @@ from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared, prepare
 from rlhf_cli.data.quarantine import FILE, quarantined
 from rlhf_cli.data.tokens import Sample
+from rlhf_cli.models import processes, sharding
 from rlhf_cli.models.base import Text, check_length
 from rlhf_cli.models.roles import Role
+from rlhf_cli.models.save import pad_id
+from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.report.page import write_report
 from rlhf_cli.rollouts.generate import Sampling, sample
+from rlhf_cli.runs import ancestry, card, opening
 from rlhf_cli.runs.decide import no_whole_checkpoint
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
@@ -31,6 +35,8 @@ from rlhf_cli.runs.trackers import open_trackers
 from rlhf_cli.stages.shelf import open_shelf
 from rlhf_cli.train import checkpoint, fitting, snapshot
 from rlhf_cli.train.engine import Engine
+
+ALONE = "distributed.shard full: a single process has nothing to share out"
 
 
 def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
@@ -67,22 +73,27 @@ def open_engine(
         engine.add(role, learning_rate, idle=idle if role is policy else 0)
     engine.kept["loader"] = loader
     fitting.settle(engine)
+    if recipe.distributed.shard == "full":
+        display.note(sharding.words(policy.base) if policy.base.shards else ALONE)
     return engine
 
 
 def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
     """Everything was accepted: create or reopen the run directory, and go on from its newest whole checkpoint."""
     run = engine.run
-    run.begin(lineage)
+    processes.first(lambda: _begin(engine, lineage), "setting up the run directory")
     engine.display.attach(run.path / "run.log")
     run.write_data_report(prepared.report.to_json(), quarantined(prepared.bad))
     if prepared.report.bad_rows:
         engine.display.note(f"bad rows dropped: {prepared.report.bad_rows}, written to {run.path / FILE}")
-    for keep in prepared.shelved:
-        keep()
-    engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, engine.recipe.model_dump(mode="json"))
+    if processes.rank() == 0:
+        for keep in prepared.shelved:
+            keep()
+        settings = engine.recipe.model_dump(mode="json")
+        engine.trackers = open_trackers(engine.recipe.logging.report_to, run.path, settings)
     snapshot.seed_generators(engine.recipe.seed)
     saved = resume_point(run, engine.display)
+    processes.same(None if saved is None else saved.path.name, "looking for the newest checkpoint")
     if saved is not None:
         with Signals(engine.display.warn, "reading the checkpoint") as signals:  # what reads would call it an error
             snapshot.restore(engine, saved)
@@ -92,6 +103,14 @@ def begin(engine: Engine, prepared: Prepared, lineage: dict[str, Any]) -> None:
         raise no_whole_checkpoint(run.checkpoints)
 
 
+def _begin(engine: Engine, lineage: dict[str, Any]) -> None:
+    recipe, run = engine.recipe, engine.run
+    if run.status == "fresh":
+        model = recipe.model
+        run.about = ancestry.about(model.name_or_path, model.revision, recipe.license, recipe.data_read())
+    run.begin(lineage)
+
+
 def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from: the one asked for, or the newest whole one."""
     if run.resume_from is not None:
@@ -99,14 +118,22 @@ def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
     return checkpoint.newest(run.checkpoints, display) if run.status == "resume" else None
 
 
-def finish(engine: Engine, save: Callable[[Path], None], prove: Callable[[Path], None] | None = None) -> None:
-    """final/ whole or absent, the proof of it, report.html, and DONE last."""
+def finish(
+    engine: Engine, text: Text, save: Callable[[Path], None], prove: Callable[[Path], None] | None = None
+) -> None:
+    """final/ with its card, whole or absent, its proof, report.html, and DONE last: all of it by the first process."""
+    sharding.collect(next(iter(engine.learners.values())).role)
+    processes.first(lambda: _finish(engine, text, save, prove), "writing the trained model")
+
+
+def _finish(engine: Engine, text: Text, save: Callable[[Path], None], prove: Callable[[Path], None] | None) -> None:
     run = engine.run
     snapshot.tidy(engine)
     draft = temporary(run.path / "final-new")  # not the name under which `discard` removes an old final/
     try:
         draft.mkdir()
         save(draft)
+        write_card(run, text, draft)
         usual_modes(draft)
         sync_tree(draft)
         if run.final.exists():
@@ -127,6 +154,16 @@ def finish(engine: Engine, save: Callable[[Path], None], prove: Callable[[Path],
     engine.display.note(f"report: {page}")
     run.finish(metrics)
     engine.display.note(f"done: {run.path}")
+
+
+def write_card(run: Run, text: Text, folder: Path) -> None:
+    """README.md of the model in `folder`, which is to become the run's final/. Raises ModelError and OSError."""
+    head = read_json(run.path / "run.json")
+    end = text.template.end_text or str(text.tokenizer.eos_token)
+    model = opening.of_folder(folder, str(run.final), head, end, pad_id(text))
+    recipe, report = (run.path / "recipe.yaml").read_text(encoding="utf-8"), read_json(run.path / "data-report.json")
+    content = card.of_run(str(run.path), head, model, recipe, report, last_metrics(run.path / "metrics.jsonl"))
+    (folder / card.FILE).write_text(content, encoding="utf-8", errors="replace")
 
 
 def usual_modes(folder: Path) -> None:

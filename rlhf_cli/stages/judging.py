@@ -82,6 +82,8 @@ class Judge:
         counts = {"example": float(len(samples)), "chosen_token": float(best.sum())}
         kl = self._kl_point(split, rows) if "kl_point" in self.needs else None
         whole = self._whole_step(split, samples, rows, known) if "whole_step" in self.needs else None
+        if self.policy.base.shards and self.reference.memory:
+            self._ask_ahead(split, samples, rows)
 
         def prepare(batch: Batch, group: list[int]) -> Batch:
             return batch.with_numbers(reference=self._remembered(split, batch, rows[group]))
@@ -113,6 +115,7 @@ class Judge:
 
     def settle(self, metrics: dict[str, float], samples: Sequence[Sample], *, trained: bool) -> dict[str, float]:
         """After a step or an evaluation: its figures for people; running means move when it was trained."""
+        self.reference.exchange()
         shown = {k: v for k, v in metrics.items() if not k.startswith("running-")}
         good = float(sum(s.numbers.get("desirable", 1.0) for s in samples))
         bad = len(samples) - good if self.kind == "verdict" else float(len(samples))
@@ -144,6 +147,16 @@ class Judge:
             sure = sum_by_sequence(of.logp.detach() - of.collision, owners, n)
             columns.append(sure / length.clamp(min=1))
         return torch.stack(columns, dim=1)
+
+    def _ask_ahead(self, split: str, samples: Sequence[Sample], rows: np.ndarray) -> None:
+        """Ask the reference for all rows of a step that are not known: of layers that are held in parts it is asked by
+        all processes in step, and not by each in its own micro-batches."""
+        memory, frozen = self.reference.memory[split], self.reference.role
+        new = [i for i, row in enumerate(rows) if not memory.knows(torch.tensor([int(row)]))]
+        if new:
+            assert frozen is not None
+            parts = self.engine.infer(frozen, [samples[i] for i in new], partial(self._ask, frozen), "sequence")
+            self.reference.keep(split, torch.from_numpy(rows[new]), torch.stack(parts))
 
     def _remembered(self, split: str, batch: Batch, rows: np.ndarray) -> Tensor:
         """The reference's numbers (B, W, C), asked for at the first visit in the policy's own micro-batch."""

@@ -31,6 +31,7 @@ from rlhf_cli.rollouts.experience import draw
 from rlhf_cli.rollouts.generate import Sampling, mixed
 from rlhf_cli.rollouts.loading import Checked, check_rewards, open_rewards
 from rlhf_cli.rollouts.rewards import Reward, Rollout
+from rlhf_cli.rollouts.vllm import Server, served, serving
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
@@ -83,15 +84,25 @@ def run(recipe: EvalRecipe, text: Text, run: Run, display: Display, options: Opt
     if options.dry_run:
         display.note(f"dry run: {', '.join(one.name for one in contenders)}; {len(report.sources)} sources")
         return
+    servers = [open_server(recipe, one, run) for one in contenders]
     lineage = {"role": "data", "models": [
         {"name": one.name, "template": one.text.template.digest, "digest": (one.text.path.run or {}).get("digest")}
         for one in contenders
     ]}  # fmt: skip
     product.begin(run, display, lineage, report, bad)
-    work = Work(recipe, contenders, matches, run, display)
+    work = Work(recipe, contenders, servers, matches, run, display)
     product.make(run, display, len(work.pieces), work.piece)
+    if servers[0] is not None:  # one mark for the adapters of all
+        servers[0].close(display.warn)
     found = {"kind": "language", "model": text.path.name, **spoken.figures(recipe, work.names, run, matches.pairs)}
     evaluated.finish(run, display, found)
+
+
+def open_server(recipe: EvalRecipe, one: Contender, run: Run) -> Server | None:
+    """The server that samples for a model; None when it samples here, or nothing. Raises ModelError."""
+    if one.prompts is None:
+        return None
+    return serving(recipe.rollout, one.text.source, recipe.data.max_length, run.path)
 
 
 def contender(recipe: EvalRecipe, number: int, text: Text) -> Contender:
@@ -157,9 +168,11 @@ class Work:
     """What is to be done, in pieces: of one model after the other, then the matches that a judge decides."""
 
     def __init__(
-        self, recipe: EvalRecipe, contenders: list[Contender], matches: Matches, run: Run, display: Display
-    ) -> None:
+        self, recipe: EvalRecipe, contenders: list[Contender], servers: list[Server | None], matches: Matches,
+        run: Run, display: Display,
+    ) -> None:  # fmt: skip
         self.recipe, self.contenders, self.matches, self.run, self.display = recipe, contenders, matches, run, display
+        self.servers = servers
         self.names = [one.name for one in contenders]
         self.each = recipe.rollout.completions_per_prompt
         self._open: tuple[int, Opened] | None = None
@@ -215,7 +228,7 @@ class Work:
         stop = min(start + max(1, evaluated.AT_ONCE // self.each), len(one.prompts.train))
         tasks, template = one.prompts.tasks_train[start:stop], one.text.template
         prompts = [one.prompts.train[n].prompt for n in range(start, stop)]
-        sampling = Sampling.of(self.recipe.rollout, template)
+        sampling = served(Sampling.of(self.recipe.rollout, template), self.servers[one.number])
         rollout = draw(opened.policy, tasks, prompts, template, template.stop_ids, self.each, sampling,
                        mixed(self.recipe.seed, one.number), range(start, stop)).rollout  # fmt: skip
         rows = [self._row(one, rollout, n, start + n // self.each) for n in range(len(rollout.completions))]

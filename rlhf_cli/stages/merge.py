@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import cast
 
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models.base import load_text
+from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import frozen_role
 from rlhf_cli.models.merging import Merged, Weights, answers, merge
-from rlhf_cli.models.save import save_policy, save_reward
+from rlhf_cli.models.save import pad_id, save_policy, save_reward
 from rlhf_cli.recipe.settings.model import Dtype, ModelSettings
+from rlhf_cli.runs import ancestry, card, opening, provenance
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import disk_error, remove_quietly, sync_tree, temporary
 
@@ -41,7 +42,7 @@ def run(name: str, folder: str, weights: Weights, dtype: Dtype, display: Display
             save_policy(merged.role, text, draft)
         else:
             save_reward(merged.role, text, draft)
-        (draft / "README.md").write_text(card(text.source, name, merged), encoding="utf-8")
+        write_card(text, name, out, merged, draft)
         sync_tree(draft)
         gap = reopened(merged, draft)
         if out.exists():
@@ -77,11 +78,22 @@ def reopened(merged: Merged, folder: Path) -> float:
     return gap
 
 
-def card(base: str, name: str, merged: Merged) -> str:
-    """A model card."""
+def write_card(text: Text, name: str, out: Path, merged: Merged, folder: Path) -> None:
+    """README.md of the merged model in `folder`, which is to become `out`."""
+    run = dict(text.path.run or {})
+    if "base_license" not in run:
+        run |= ancestry.about(text.source, text.revision, None, [])
+    before = [*run.get("ancestry", []), *([{"name": name, "stage": run["stage"]}] if "stage" in run else [])]
     kl = "" if merged.divergence is None else f" Mean KL to it on random tokens: {merged.divergence:.2e} nats."
-    hub = f"base_model: {base}\n" if not Path(base).exists() else ""
-    return (
-        f"---\nlibrary_name: transformers\n{hub}tags: [rlhf]\n---\n\n# {Path(name).name}\n\n"
-        f"The adapter of the run `{name}` on `{base}`, merged into {merged.words}.{kl}\n"
-    )
+    story = card.Story(
+        title=out.name,
+        summary=f"The adapter {card.quoted(name)} on {card.quoted(text.source)}, merged into {merged.words}.{kl}",
+        base=text.source, relation="finetune", tags=["rlhf", "merge"], run=run,
+        lineage=[f"base: {card.quoted(str(before[0].get('base') or text.source) if before else text.source)}",
+                 *(f"{card.quoted(str(e['name']))}: `rlhf {e['stage']}`" for e in before),
+                 f"**{card.quoted(str(out))}**: `rlhf merge`"],
+        versions=provenance.versions(),
+    )  # fmt: skip
+    end = text.template.end_text or str(text.tokenizer.eos_token)
+    model = opening.of_folder(folder, str(out), run, end, pad_id(text))
+    (folder / card.FILE).write_text(card.card(story, model), encoding="utf-8", errors="replace")

@@ -30,9 +30,10 @@ from rlhf_cli.objectives.masked import whiten
 from rlhf_cli.recipe.schema import PPORecipe
 from rlhf_cli.rollouts import generate
 from rlhf_cli.rollouts.experience import Experience, token_rewards
-from rlhf_cli.rollouts.figures import advantage_figures, figures, said
+from rlhf_cli.rollouts.figures import advantage_figures, figures, importance, said
 from rlhf_cli.rollouts.loading import check_rewards
 from rlhf_cli.rollouts.sampling import Sampling
+from rlhf_cli.rollouts.vllm import served, serving
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
@@ -67,6 +68,8 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} prompts, {steps} rollouts of {rollout}")
         return
+    server = serving(recipe.rollout, text.source, recipe.data.max_length, run.path)
+    sampling = served(sampling, server)
     roles = load_roles(recipe, checked, text, display)
     learners = roles.learners(recipe)
     engine = common.open_engine(recipe, run, display, loader, learners, idle=recipe.critic.pretrain_steps)
@@ -94,7 +97,9 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     if not ppo.progress.learned:
         display.warn("every completion of this run was cut, and ppo.truncation: drop learns from none that was: the "
                      "policy is as it was; raise rollout.max_new_tokens, or take another truncation")  # fmt: skip
-    common.finish(engine, lambda folder: save_policy(roles.policy, text, folder))
+    common.finish(engine, text, lambda folder: save_policy(roles.policy, text, folder))
+    if server is not None:
+        server.close(display.warn)
 
 
 class PPO:
@@ -135,7 +140,12 @@ class PPO:
         self.newest = rolled
         if self.engine.step == 0:
             biased = bool(self.roller.sampling.truncated)
-            ppo_setup.check_first_rollout(rolled.experience, self.roles.policy, self.engine.display, biased=biased)
+            corrected = None
+            if self.roller.sampling.server is not None:
+                corrected = self.settings.importance_correction is not None
+            ppo_setup.check_first_rollout(
+                rolled.experience, self.roles.policy, self.engine.display, biased=biased, corrected=corrected
+            )
             if not bool(rolled.experience.finished.any()):
                 self.engine.display.warn(ppo_setup.all_cut(self.settings))
         self.progress.episodes += len(rolled.reward.raw)
@@ -147,7 +157,7 @@ class PPO:
         if len(kept.reward.raw):
             lesson, more = self.lesson(kept, warming)  # 3, 4
             metrics |= self.figures(rolled, kept, lesson) | more
-            with self.roller.clock("update"):
+            with self.roller.phase("update", self.updates.examples(len(kept.reward.raw), warming=warming)):
                 metrics |= self.updates.pretrain(lesson, seed) if warming else self.updates.learn(lesson, seed)  # 5
             self.progress.learned += 0 if warming else len(kept.reward.raw)
         else:
@@ -176,7 +186,11 @@ class PPO:
         if self.entry.whitened if wanted is None else wanted:
             advantages = whiten(advantages, experience.mask)
         known = tuple(Target(values, goal) for values, goal in targets if values is not None)
-        return Lesson(experience, advantages, self.roller.sampling.temperature, known), metrics
+        weights = None
+        if self.settings.importance_correction is not None:
+            weights, more = importance(experience, self.settings.importance_correction.cap)
+            metrics |= more
+        return Lesson(experience, advantages, self.roller.sampling.temperature, known, weights), metrics
 
     def estimate(self, experience: Experience, stream: Stream, kl_coef: float, warming: bool) -> Estimate:
         """Advantages and returns of the reward or, the sign of the KL turned, of the cost."""

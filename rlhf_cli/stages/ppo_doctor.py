@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from rlhf_cli.errors import DivergedError, RlhfError
+from rlhf_cli.models import processes
 from rlhf_cli.recipe.schema import PPORecipe
 from rlhf_cli.report.postmortem import EVENTS, FOLDER, PAGE, write_postmortem
 from rlhf_cli.rollouts.doctor import Doctor, Verdict, unharmed
@@ -132,6 +133,8 @@ class Care:
         """Bring doctor.jsonl up to date and write the post-mortem page; words that name it. A page that cannot be
         written does not take the place of the trouble it is about."""
         self._publish()
+        if processes.rank() != 0:
+            return ""
         try:
             return f"; post-mortem: {write_postmortem(self.engine.run.path)}"
         except RlhfError as error:
@@ -141,6 +144,8 @@ class Care:
     def _publish(self) -> None:
         """doctor.jsonl: all events so far. What an earlier attempt left and this one has no word for is removed."""
         folder = self.engine.run.path
+        if processes.rank() != 0:
+            return
         if not self._intervened():
             remove_quietly(folder / PAGE)
         if not self.doctor.events:

@@ -50,6 +50,7 @@ class Lesson:
     temperature: float
     targets: tuple[Target, ...] = ()
     """For the critic of the reward, then that of the cost; none without critics."""
+    weights: Tensor | None = None  # (N, T) of each token, for what another program sampled; None: all the same
 
     def flat(self, x: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
         """x (N, T) -> the tokens of these completions, in the order of a micro-batch's scored tokens."""
@@ -143,6 +144,8 @@ def policy_terms(
         new, base, advantages,
         clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
     )  # fmt: skip
+    if lesson.weights is not None:
+        surrogate = surrogate * lesson.flat(lesson.weights, rows, device)
     moved = k3(old, of.logp)  # KL(rollout policy || policy)
     whole, n = aggregate(surrogate, owners, count), float(len(old))
     ratios = ratio(new.detach(), base)

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_cli.catalog import ESTIMATORS
 from rlhf_cli.errors import RecipeError
-from rlhf_cli.models import adapters, checkpointing
+from rlhf_cli.models import adapters, checkpointing, sharding
 from rlhf_cli.models.base import Base, Text
 from rlhf_cli.models.build import load_policy, load_reference, scalar_head, with_values
 from rlhf_cli.models.roles import Role, disable_dropout
@@ -108,9 +108,13 @@ def _width(role: Role) -> int:
 def _copy(recipe: PPORecipe, name: str, base: Base, adapter: str | None, weight: torch.Tensor, bias: float) -> Role:
     """A trainable scalar role with a copy of an adapter, or of a whole model."""
     if adapter is None:
-        model = copy.deepcopy(base.model).float()  # type: ignore[operator]
-        checkpointing.enable(model, recipe.model.gradient_checkpointing)
-        own = replace(base, model=model, open_graph=None)
+        if base.again is not None:
+            own = replace(base.again(True), packed=base.packed)
+            sharding.round_as(own, base)
+            disable_dropout(own)
+        else:
+            own = replace(base, model=copy.deepcopy(base.model).float(), open_graph=None)  # type: ignore[operator]
+        checkpointing.enable(own.model, recipe.model.gradient_checkpointing)
         return Role(name, own, None, scalar_head(own, weight, bias), trained=True)
     config = copy.deepcopy(adapters.adapter_config(base, adapter))
     tensors = {k: v.detach().clone() for k, v in adapters.adapter_tensors(base, adapter).items()}

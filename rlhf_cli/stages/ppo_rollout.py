@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,6 +68,7 @@ class Roller:
         self.engine, self.roles, self.settings, self.sampling = engine, roles, recipe.ppo, sampling
         self.template, self.stop_ids, self.wants_greedy = text.template, text.template.stop_ids, greedy
         self.clock = Clock()
+        sampling.stats.heard = engine.display.advance
 
     def roll_out(self, tasks: list[Task], samples: list[Sample], each: int, seed: int, *, train: bool) -> Rolled:
         """`each` completions of the prompts; without `train`, their scores are on a scale that does not move. Raises
@@ -73,14 +76,15 @@ class Roller:
         roles, sampling, infer = self.roles, self.sampling, self.engine.infer
         prompts = [s.prompt for s in samples]
         critic, cost_critic = (roles.critic, roles.cost_critic) if train else (None, None)
-        with self.clock("rollout"):
+        with self.phase("rollout", len(prompts) * each):
             drawn = draw(roles.policy, tasks, prompts, self.template, self.stop_ids, each, sampling, seed)
-        with self.clock("measure"):
+        asked = [role for role in (roles.policy, roles.reference, critic, cost_critic) if role is not None]
+        with self.phase("measure", len(prompts) * each * len(asked)):
             experience = measure(
                 infer, roles.policy, roles.reference, critic, drawn, sampling.temperature,
                 cost_critic=cost_critic, around=train and self.settings.truncation == "bootstrap",
             )  # fmt: skip
-        with self.clock("score"):
+        with self.phase("score"):
             totals = total(roles.rewards, experience.rollout, infer, learn=train, moving=train)
         rolled = self._rolled(experience, totals)
         valid = torch.from_numpy(totals.reward.valid)  # the same for the cost
@@ -94,6 +98,12 @@ class Roller:
         rolled.metrics.update(taken if train else {})
         rolled.metrics["rollout/unscorable"] = 1.0 - float(valid.float().mean())
         return rolled.only(valid)
+
+    @contextmanager
+    def phase(self, name: str, total: float = 0) -> Iterator[None]:
+        """A part of the iteration: timed, and shown while it lasts."""
+        with self.clock(name), self.engine.display.phase(name, total):
+            yield
 
     def _rolled(self, experience: Experience, totals: Totals) -> Rolled:
         reward = self._stream(experience, totals.reward, experience.values, experience.last_values, whole=True)

@@ -22,6 +22,9 @@ from rlhf_cli.stages import common
 from rlhf_cli.stages.shelf import open_shelf
 from rlhf_cli.train.engine import Losses, Part
 
+ANOTHER_MODEL = 0.5
+"""Nats a token, on average, that no rounding and no quantisation explains."""
+
 
 @dataclass
 class Progress:
@@ -125,11 +128,15 @@ def all_cut(settings: PPOSettings) -> str:
     )
 
 
-def check_first_rollout(experience: Experience, policy: Role, display: Display, *, biased: bool) -> None:
+def check_first_rollout(
+    experience: Experience, policy: Role, display: Display, *, biased: bool, corrected: bool | None = None
+) -> None:
     """Before the first update: policy = reference, recomputed log-probabilities = sampled ones. Raises ModelError.
 
-    biased: completions were sampled from another distribution, so that the latter do not hold.
+    biased: completions were sampled from another distribution, so that the latter do not hold. corrected: None unless a
+    server sampled them, whose numbers may differ by more; whether what is learned allows for that.
     """
+    served = corrected is not None
     tolerance = 0.5 if rounds(policy.base) else 1e-3
     kl = float((experience.logp - experience.reference_logp).abs().max())
     if not kl <= tolerance:
@@ -139,9 +146,15 @@ def check_first_rollout(experience: Experience, policy: Role, display: Display, 
         )  # fmt: skip
     gaps = (experience.sampled_logp - experience.logp).abs()[experience.mask]
     gap, mean = float(gaps.max()), float(gaps.mean())
-    if not biased and not mean <= tolerance / 10:
+    if not biased and not mean <= (ANOTHER_MODEL if served else tolerance / 10):
         raise ModelError(
             f"log-probabilities recomputed differ from those sampled (by {mean:.3g} nats a token)", "rollout",
-            "try model.attn_implementation: sdpa",
+            "does the server hold the weights of the recipe's base?" if served
+            else "try model.attn_implementation: sdpa",
         )  # fmt: skip
     display.note(f"step 0: KL to the reference {kl:.1e}, recomputed against sampled {gap:.1e} (largest, nats a token)")
+    if served and not corrected:
+        display.warn(
+            f"rollout.engine: vllm sampled with log-probabilities {mean:.1e} nats a token from those that are trained: "
+            "ppo.importance_correction: {} weighs what is learned by that"
+        )

@@ -44,6 +44,12 @@ class Updates:
         if ptx is not None:
             engine.kept["ptx"] = ptx.loader
 
+    def examples(self, completions: int, *, warming: bool) -> int:
+        """How many the passes over so many completions take, those of all roles added up."""
+        passes = len(self.critics) or 1 if warming else 1 + len(self.critics)
+        once = completions if self.penalty is not None and not warming else 0
+        return self.settings.epochs * completions * passes + once
+
     def learn(self, lesson: Lesson, seed: int) -> dict[str, float]:
         """A few passes; means of the figures over the updates."""
         history = []
@@ -70,7 +76,8 @@ class Updates:
                 continue
             samples, divisors = self._taken(lesson, chunk)
             with _at_peak(self.engine.learners[self.policy.name]):
-                out = self.engine.update(self.policy, samples, head_loss(self.policy, lesson, chunk), divisors)
+                loss = head_loss(self.policy, lesson, chunk)
+                out = self.engine.update(self.policy, samples, loss, divisors, still=True)
             history.append({k: v for k, v in out.items() if k not in ("loss", "grad_norm")})
         return _means(history)
 

@@ -62,7 +62,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         everything = np.arange(len(data.eval))
         metrics = engine.measure(policy, data.eval, *judge.arguments("eval", data.eval, everything))
         if (also := judge.likelihood(data.eval)) is not None:
-            more = engine.measure(policy, *also)
+            more = engine.measure(policy, also.samples, also.loss, also.counts)
             metrics |= more | {"loss": metrics["loss"] + more["loss"]}
         return {f"eval/{k}": v for k, v in judge.settle(metrics, data.eval, trained=False).items()}
 
@@ -73,4 +73,4 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
         engine.fit(step)
     finally:
         reference.share()
-    common.finish(engine, lambda folder: save_policy(policy, text, folder))
+    common.finish(engine, text, lambda folder: save_policy(policy, text, folder))

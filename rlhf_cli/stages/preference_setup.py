@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import frozen_role, load_reference
 from rlhf_cli.models.checks import rounds
@@ -167,6 +169,11 @@ def _from_cache(
     examples = [memory[split] for split in ("train", "eval") if split in memory]
     rows = torch.cat([m.wanted for m in examples])
     known = torch.cat([m.in_cache() & m.wanted for m in examples])
+    if not bool(known.any()) and processes.count() == 1:
+        return False
+    if len(set(processes.gather(hashlib.sha256(known.numpy().tobytes()).hexdigest(), "looking into the cache"))) > 1:
+        memory |= {split: replace(m, found=None) for split, m in memory.items()}  # machines with caches of their own
+        return False
     if not bool(known.any()):
         return False
     gap = 0.0 if named is not None else _gap(policy, engine, samples, memory["train"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
+from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import fingerprint
@@ -128,21 +129,44 @@ class Reference:
     """By split; empty when no objective compares with them."""
     role: Role | None = None
     """None as well when nothing is left to ask. Whoever holds it besides keeps it in memory."""
+    fresh: dict[str, list[int]] = field(default_factory=dict)
+    """By split: rows that this process asked for since the last `exchange`."""
 
     def recall(self) -> None:
         """Once a checkpoint was read, if there is one: what it and the cache know need not be asked for."""
-        for memory in self.memory.values():
+        for _, memory in sorted(self.memory.items()):
             memory.recall()
+            if processes.count() > 1:  # machines may have caches of their own: the first one's counts
+                for own in (memory.known, memory.logp):
+                    every = processes.gather_rows(own if processes.rank() == 0 else None, "recalling the reference")
+                    own.copy_(every[0])
         self._let_go()
 
     def keep(self, split: str, rows: Tensor, fresh: Tensor) -> None:
         """Remember numbers (rows, W, C) that were just asked for."""
         self.memory[split].keep(rows, fresh.float().cpu(), self.engine.budget)
+        if processes.count() > 1:
+            self.fresh.setdefault(split, []).extend(rows.tolist())
+        self._let_go()
+
+    def exchange(self) -> None:
+        """What one of several processes asked for, all of them remember."""
+        if processes.count() == 1 or not self.memory:
+            return
+        doing = "exchanging the reference's numbers"
+        for split in sorted(self.memory):
+            memory, fresh = self.memory[split], self.fresh.pop(split, [])
+            places = processes.gather(fresh, doing)
+            if any(places):
+                parts = processes.gather_rows(memory.logp[torch.tensor(fresh)] if fresh else None, doing)
+                for rows, part in zip(places, parts, strict=True):
+                    if rows:
+                        memory.keep(torch.tensor(rows), part, self.engine.budget)
         self._let_go()
 
     def share(self) -> None:
         """Leave what is known to later runs."""
-        for memory in self.memory.values():
+        for memory in self.memory.values() if processes.rank() == 0 else ():
             memory.share({"run": str(self.engine.run.path), "packed": str(self.engine.packed)})
 
     def _let_go(self) -> None:
@@ -218,6 +242,7 @@ def _about(recipe: Any, engine: Engine, policy: Role) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": 0 if cuda else torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
+        **({"processes": processes.count(), "shard": policy.base.shards} if processes.count() > 1 else {}),
     }
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from rlhf_cli.catalog import OBJECTIVES
-from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base import Text, load_text
@@ -68,41 +67,61 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(scoring.role, text, role=scoring.kept_as))
     engine.fit(step)
+    held_out = data.eval or data.train
+    said, known = scores_of(engine, scoring, held_out[:STATISTICS_ROWS]), outputs_of(engine, scoring, held_out[:4])
     common.finish(
         engine,
-        lambda folder: save(engine, scoring, text, data, folder),
-        lambda folder: prove(engine, scoring, text, (data.eval or data.train)[:4], folder),
+        text,
+        lambda folder: save(scoring, text, said, folder, held_out=bool(data.eval)),
+        lambda folder: prove(engine, scoring, text, held_out[:4], known, folder),
     )
 
 
-def save(engine: Engine, scoring: Scoring, text: Text, data: Prepared, folder: Path) -> None:
+def scores_of(engine: Engine, scoring: Scoring, rows: Sequence[Sample]) -> np.ndarray:
+    """Scores of the completions of some rows: (N,)."""
+    scores: np.ndarray = torch.cat(engine.infer(scoring.role, rows, scoring.scores, "sequence")).double().cpu().numpy()
+    return scores
+
+
+def outputs_of(engine: Engine, scoring: Scoring, rows: Sequence[Sample]) -> list[torch.Tensor]:
+    """What the head says of some rows; nothing where a classifier's head is not what is trained."""
+    if scoring.tokens:
+        return []
+    if scoring.labels:
+        return engine.infer(scoring.role, rows, scoring.role.classes, "token")
+    return engine.infer(scoring.role, rows, scoring.role.score, "sequence")
+
+
+def save(scoring: Scoring, text: Text, scores: np.ndarray, folder: Path, *, held_out: bool) -> None:
     """The model and the statistics of its scores."""
     if scoring.tokens:
         save_policy(scoring.role, text, folder)
     else:
         save_reward(scoring.role, text, folder, scoring.labels)
-    rows = (data.eval or data.train)[:STATISTICS_ROWS]
-    parts = engine.infer(scoring.role, rows, scoring.scores, "sequence")
-    scores = torch.cat(parts).double().cpu().numpy()
     mean, std = float(scores.mean()), float(scores.std())
     statistics: dict[str, Any] = {
         "mean": mean,
         "std": max(std, 1e-6),
         "completions": len(scores),
-        "held_out": bool(data.eval),
+        "held_out": held_out,
     }
     if scoring.labels:
         statistics["classes"] = list(scoring.labels)
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
 
 
-def prove(engine: Engine, scoring: Scoring, text: Text, rows: Sequence[Sample], folder: Path) -> None:
+def prove(
+    engine: Engine,
+    scoring: Scoring,
+    text: Text,
+    rows: Sequence[Sample],
+    parts: Sequence[torch.Tensor],
+    folder: Path,
+) -> None:
     """ModelError when the saved folder, opened as a classifier, says other things of a few rows."""
     if scoring.tokens:
         return
     role = scoring.role
-    function, unit = (role.classes, "token") if scoring.labels else (role.score, "sequence")
-    parts = engine.infer(role, rows, function, unit)  # type: ignore[arg-type]
     try:
         worst = largest_gap(scoring, text, rows, parts, folder, role.base.device)
     except torch.OutOfMemoryError:

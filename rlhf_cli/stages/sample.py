@@ -22,12 +22,14 @@ from rlhf_cli.models.build import load_frozen, quantization_of
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.data_stages import SampleRecipe
+from rlhf_cli.recipe.settings.rollout import OF_A_SERVER
 from rlhf_cli.rollouts.experience import draw
 from rlhf_cli.rollouts.generate import mixed
 from rlhf_cli.rollouts.loading import check_rewards, open_rewards
 from rlhf_cli.rollouts.referee import read_principles
 from rlhf_cli.rollouts.rewards import Reward, Rollout
 from rlhf_cli.rollouts.sampling import Sampling
+from rlhf_cli.rollouts.vllm import served, serving
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
@@ -58,6 +60,8 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     if options.dry_run:
         display.note(f"dry run: {each} completions of each of {len(data.train)} prompts")
         return
+    server = serving(recipe.rollout, text.source, longest(recipe, text), run.path)
+    sampling = served(sampling, server)
     policy = load_frozen(recipe.model, text)
     known = quantization_of(text)
     if known != recipe.model.quantization:
@@ -83,7 +87,15 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
         return writer.piece([data.tasks_train[i] for i in places], [data.train[i] for i in places], places.start)
 
     sums = product.make(run, display, len(starts), piece)
+    if server is not None:
+        server.close(display.warn)
     product.finish(run, display, product.made_rows(run), summary(len(data.train), sums, recipe.best_of is not None))
+
+
+def longest(recipe: SampleRecipe, text: Text) -> int:
+    """Tokens that a prompt with its completion may have; the conversation of a revision fills the model's context."""
+    context = getattr(text.config.get_text_config(), "max_position_embeddings", None)
+    return recipe.data.max_length if recipe.revise is None else context or recipe.data.max_length
 
 
 class Writer:
@@ -96,7 +108,8 @@ class Writer:
         self.reviser = reviser
         self.recipe, self.policy, self.template, self.each = recipe, policy, text.template, each
         self.sampling, self.rewards, self.asked = sampling, rewards, asked
-        settings = recipe.rollout.model_dump(exclude={"max_batch", "completions_per_prompt"}, exclude_defaults=True)
+        left_out = {"max_batch", "completions_per_prompt", *OF_A_SERVER}
+        settings = recipe.rollout.model_dump(exclude=left_out, exclude_defaults=True)
         self.by = {
             "model": text.path.name, "weights": str((text.path.run or {}).get("digest", policy.base.fingerprint))[-16:],
             "template": text.template.digest[:16], "seed": recipe.seed, "temperature": recipe.rollout.temperature,

@@ -72,4 +72,4 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
     engine.evaluate = evaluate
     common.begin(engine, data, lineage(policy, text, role="policy"))
     engine.fit(step)
-    common.finish(engine, lambda folder: save_policy(policy, text, folder))
+    common.finish(engine, text, lambda folder: save_policy(policy, text, folder))

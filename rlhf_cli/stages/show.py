@@ -210,5 +210,5 @@ def page(target: str, title: str, found: View) -> str:
     for split, lengths in found.lengths.items():
         bars = "\n".join(histogram(lengths, found.limit))
         parts.append(f"<h2>Lengths, {split}</h2><pre>{escape(bars)}</pre>")
-    parts.append(f"<h2>Report</h2><pre>{escape(chr(10).join(found.lines))}</pre>")
+    parts.append(f'<h2>Report</h2><pre class="wrap">{escape(chr(10).join(found.lines))}</pre>')
     return str(write_page(Path(target), title, parts))

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError
+from rlhf_cli.models import memory, processes, sharding
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
@@ -26,8 +27,9 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.signals import Signals
 from rlhf_cli.runs.trackers import Trackers
-from rlhf_cli.train import passes, snapshot
+from rlhf_cli.train import parts, passes, snapshot
 from rlhf_cli.train.optim import make_optimizer, make_scheduler
+from rlhf_cli.train.parts import Lent
 from rlhf_cli.train.spikes import Spikes
 
 
@@ -54,6 +56,8 @@ class Part(NamedTuple):
     samples: Sequence[Sample]
     loss: Loss
     counts: dict[str, float]
+    still: bool = False
+    """Whether the loss leaves the trunk without gradient."""
 
 
 class Stateful(Protocol):
@@ -75,6 +79,8 @@ class Learner:
     """Steps in a row that float16 overflowed and were not applied."""
     idle: int = 0
     """Steps at the start of the run in which it is not trained."""
+    lent: Lent = field(default_factory=list)
+    """Parameters that are held in parts, each behind what the optimiser steps in its place."""
 
 
 @dataclass
@@ -98,12 +104,16 @@ class Engine:
     trackers: Trackers = field(default_factory=Trackers)
     spare: int | None = None
     """Step of a checkpoint that stays, however old."""
+    passes: int = 0
+    """Passes with gradient in the step under way; counted where several processes compute them."""
     halt: Callable[[], NoReturn] | None = None
     """Ends the run once the step under way is logged and in a checkpoint."""
     spikes: Spikes = field(init=False)
     signals: Signals = field(init=False)
     _clock: float = 0.0
     _clock_tokens: int = 0
+    _saving: float = 0.0
+    """Seconds that the checkpoint after the last step took."""
 
     def __post_init__(self) -> None:
         self.spikes = Spikes(self.recipe.training)
@@ -112,10 +122,11 @@ class Engine:
     def add(self, role: Role, learning_rate: float, *, idle: int = 0) -> None:
         """Train this role; its schedule starts after `idle` steps."""
         settings = self.recipe.training
-        optimizer = make_optimizer(role.parameters, settings, learning_rate)
+        own, lent = parts.lend(role.parameters)
+        optimizer = make_optimizer(own, settings, learning_rate)
         scheduler = make_scheduler(optimizer, settings, self.total_steps - idle)
         scaler = torch.amp.GradScaler(role.base.device.type, enabled=role.base.dtype == torch.float16)
-        self.learners[role.name] = Learner(role, optimizer, scheduler, scaler, idle=idle)
+        self.learners[role.name] = Learner(role, optimizer, scheduler, scaler, idle=idle, lent=lent)
         if not self.budget:
             wanted = settings.micro_batch_tokens
             self.budget = micro_batch_range(role.base.device).usual if wanted == "auto" else wanted
@@ -130,18 +141,21 @@ class Engine:
         counts: dict[str, float],
         prepare: Prepare | None = None,
         also: Part | None = None,
+        *,
+        still: bool = False,
     ) -> dict[str, float]:
         """Forward, backward and one optimiser step over the samples of a step; the metrics of the step.
 
         counts: how many of each unit the step holds. also: another part with counts of its own; the losses add up.
+        still: whether the loss leaves the trunk without gradient.
         Raises DivergedError before the step is applied when the loss or the gradient is not finite or trips a wire;
         ModelError when one sample alone does not fit the memory.
         """
         learner = self.learners[role.name]
-        own, every = Part(samples, loss, counts), [*samples, *(also.samples if also else ())]
+        own, every = Part(samples, loss, counts, still), [*samples, *(also.samples if also else ())]
 
         def accumulate() -> dict[str, float]:
-            learner.optimizer.zero_grad(set_to_none=True)
+            parts.forget(learner.optimizer, learner.lent)
             totals = passes.run(self, role, own, prepare, learner.scaler)
             if also is None:
                 return totals
@@ -178,7 +192,7 @@ class Engine:
 
     def tick(self, metrics: dict[str, float]) -> None:
         """A step is over: schedules, evaluation, log, checkpoint, and obedience to a stop signal."""
-        self.step += 1
+        self.step, self.passes = self.step + 1, 0
         rates = {name: learner.optimizer.param_groups[0]["lr"] for name, learner in self.learners.items()}
         for learner in self.learners.values():
             if self.step > learner.idle:
@@ -189,34 +203,67 @@ class Engine:
             metrics[f"{name}/learning_rate"] = rate
         now = time.monotonic()
         metrics["tokens_per_second"] = round((self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9), 1)
+        metrics = {**self._spent(now), **metrics}
         self._clock, self._clock_tokens = now, self.tokens
         done = self.step >= self.total_steps
         if self.evaluate is not None and (done or self._due(self.recipe.evaluation.every)):
             try:
-                metrics |= self.evaluate()
+                with self.display.phase("evaluation"):
+                    metrics |= self.evaluate()
             except DivergedError:
                 self.run.log(metrics)
                 raise
             self._clock = time.monotonic()
+            metrics["time/evaluation_s"] = round(self._clock - now, 4)
+        metrics |= processes.traffic()
         self.run.log(metrics)
         show = done or self.step % self.recipe.logging.every == 0 or self.step == 1
         self.display.step(self.step, metrics, show)
         if show:
             self.trackers.log(self.step, metrics)
+        self._hear()
         stopped = self.signals.caught is not None or self.halt is not None
         if done or stopped or self._due(self.recipe.checkpoint.every):
-            self.save()
+            self._save()
         if self.halt is not None:
             self.halt()
         if self.signals.caught is not None and not done:
             raise self.signals.interrupted(f"step {self.step}, checkpoint written")
 
+    def _hear(self) -> None:
+        """A signal that one of several processes caught is meant for all."""
+        if processes.count() > 1:
+            caught = processes.gather(self.signals.caught, f"ending step {self.step}")
+            self.signals.caught = next((number for number in caught if number is not None), None)
+
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
+    def _spent(self, now: float) -> dict[str, float]:
+        """Where the time since the last step went, and the most memory, as far as the stage does not say it itself."""
+        found = {"time/update_s": round(max(0.0, now - self._clock - self._saving), 4)}
+        if self._saving:
+            found["time/checkpoint_s"] = round(self._saving, 4)
+        return found | {"mem/peak_gib": round(memory.most() / 2**30, 4)}
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        with self.display.phase("checkpoint"):
+            self.save()
+        self._saving = time.monotonic() - began
+
     def save(self) -> None:
-        """A whole checkpoint of this moment."""
-        snapshot.save(self)
+        """A whole checkpoint of this moment, of all processes."""
+        processes.same(self._weights(), f"comparing weights after step {self.step}")
+        found = snapshot.gather(self)
+        processes.first(lambda: snapshot.save(self, found), f"saving step {self.step}")
+
+    def _weights(self) -> list[float]:
+        """A number of each thing that is trained, which is another when its weights are."""
+        if processes.count() == 1:
+            return []
+        trained = [[p for _, p in one.role.parameters if not sharding.split(p)] for one in self.learners.values()]
+        return [float(sum(float(p.detach().double().sum()) for p in whole)) for whole in trained]
 
     def fit(self, step: Callable[[], dict[str, float]]) -> None:
         """Steps until the end, or until a signal: the first one is obeyed after the step, with a checkpoint."""
@@ -231,7 +278,10 @@ class Engine:
 
     def set_out(self) -> None:
         """From here on: the evaluation of step 0 where that is the start, the progress, the clock."""
-        if self.step == 0 and self.evaluate is not None and (first := self.evaluate()):
-            self.run.log({"step": 0, **first})
         self.display.start(self.total_steps, self.step)
+        if self.step == 0 and self.evaluate is not None:
+            with self.display.phase("evaluation"):
+                first = self.evaluate()
+            if first:
+                self.run.log({"step": 0, **first})
         self._clock, self._clock_tokens = time.monotonic(), self.tokens

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from rlhf_cli.models import checkpointing, memory
+from rlhf_cli.models import checkpointing, memory, processes, sharding
 from rlhf_cli.models.checkpointing import Footprint
 from rlhf_cli.models.device import Tokens, micro_batch_range
 from rlhf_cli.models.roles import Role
@@ -45,9 +45,10 @@ def owed(role: Role, engine: Engine) -> int:
     whole model is trained a frozen copy to compare it with."""
     training = engine.recipe.training
     trained = [p for learner in engine.learners.values() for _, p in learner.role.parameters]
-    total = sum(p.numel() * p.element_size() + state_bytes(p, training) for p in trained)
+    parts = [torch.nn.Parameter(sharding.held(p)) for p in trained]
+    total = sum(p.numel() * p.element_size() + state_bytes(p, training) for p in parts)
     if role.adapter is None:
-        total += sum(p.numel() for p in role.base.model.parameters()) * role.base.dtype.itemsize
+        total += sum(sharding.held(p).numel() for p in role.base.model.parameters()) * role.base.dtype.itemsize
     return total
 
 
@@ -61,6 +62,7 @@ def settle(engine: Engine) -> None:
     device, longest = role.base.device, recipe.data.max_length
     allowed = micro_batch_range(device)
     free = memory.room(device) * SHARE[device.type] - owed(role, engine)
+    free = min(processes.gather(free, "comparing free memory"))
     wanted = max(longest, allowed.usual if automatic else engine.budget)
     needs = checkpointing.bound(role)
     if not role.base.packed or wanted * needs.each(0) > free:
@@ -70,6 +72,7 @@ def settle(engine: Engine) -> None:
             checkpointing.recompute(learner.role.base.model, layers_to_recompute(needs, wanted, free))
     if automatic:
         engine.budget = _resumed(engine.run) or tokens_that_fit(*_measured(engine, role, needs), free, allowed)
+        engine.budget = min(processes.gather(engine.budget, "agreeing on micro-batches"))
     checkpoint.set_random_state(*generators)
     engine.display.note(
         f"micro-batches of {engine.budget} tokens, activations of {checkpointing.recomputed(role.base.model)} of "
@@ -83,7 +86,7 @@ def _measured(engine: Engine, role: Role, needs: Footprint) -> tuple[float, floa
     longest = engine.recipe.data.max_length
     peaks: list[int] = []
     try:
-        for count in (1, 2):
+        for count in () if role.base.shards else (1, 2):  # memory that runs out on one process would stop them all
             peak = memory.peak(role.base.device, partial(_forward_and_backward, role, longest, count))
             peaks += [] if peak is None else [peak]
     except RuntimeError as error:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_cli.data.batch import Batch, collate, micro_batches, size
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.models import checkpointing, memory
+from rlhf_cli.models import checkpointing, memory, processes, sharding
 from rlhf_cli.models.roles import Role
 from rlhf_cli.runs.display import Display
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, lockstep, parts
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine, Learner, Part, Prepare
@@ -47,10 +49,19 @@ OVERFLOWS = 20
 
 
 def batches(engine: Memory, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
-    """The micro-batches of some samples, each with the places of its own among them."""
+    """The micro-batches of some samples, each with the places of its own among them: those of this process's share."""
     packed = engine.packed and role.base.packed
-    for group in micro_batches(samples, engine.budget, packed=packed):
-        yield group, collate([samples[i] for i in group], packed=packed).to(role.base.device)
+    share = own_share(samples, packed=packed)
+    chosen = [samples[i] for i in share]
+    for group in micro_batches(chosen, engine.budget, packed=packed):
+        yield [share[i] for i in group], collate([chosen[i] for i in group], packed=packed).to(role.base.device)
+
+
+def own_share(samples: Sequence[Sample], *, packed: bool) -> Sequence[int]:
+    """Which of some samples this process computes: all when it is the only one."""
+    if processes.count() == 1:
+        return range(len(samples))
+    return lockstep.every_share(samples, packed=packed)[processes.rank()]
 
 
 def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[[], T], *, training: bool = False) -> T:
@@ -65,7 +76,7 @@ def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[
                 raise
             for learner in engine.learners.values():
                 learner.role.abandon()
-                learner.optimizer.zero_grad(set_to_none=True)
+                parts.forget(learner.optimizer, learner.lent)
             less = _recompute_more(cast("Engine", engine)) if training else ""
             if not less:
                 longest = max(len(s.prompt) + sum(len(c.ids) for c in s.completions) for s in samples)
@@ -92,16 +103,34 @@ def infer(
     """function(batch), a number for each scored token (T,) or sequence (N,), given back sample by sample."""
 
     def run() -> list[Tensor]:
-        out: list[Tensor | None] = [None] * len(samples)
-        for group, batch in batches(engine, role, samples):
-            with role.active():
-                result = function(batch)
-            owner = batch.example if unit == "sequence" else batch.example[batch.owners]
-            for place, i in enumerate(group):
-                out[i] = result[owner == place]
-        return [o for o in out if o is not None]
+        found: dict[int, Tensor] = {}
+
+        def own() -> None:
+            for group, batch in batches(engine, role, samples):
+                with role.active():
+                    result = function(batch)
+                owner = batch.example if unit == "sequence" else batch.example[batch.owners]
+                found.update({i: result[owner == place] for place, i in enumerate(group)})
+                engine.display.advance(len(group))
+            packed = engine.packed and role.base.packed
+            lockstep.rest(role, samples, engine.budget, packed=packed, train=False, backward=False)
+
+        lockstep.together(role.base, own, f"asking the {role.name}")
+        return _everyones(found, role) if processes.count() > 1 else [found[i] for i in range(len(samples))]
 
     return within_memory(engine, samples, run)
+
+
+def _everyones(found: Mapping[int, Tensor], role: Role) -> list[Tensor]:
+    """What all processes found, by its place."""
+    doing = f"putting together what the {role.name} said"
+    places = processes.gather([[i, len(rows)] for i, rows in found.items()], doing)
+    parts = processes.gather_rows(torch.cat(list(found.values())) if found else None, doing)
+    every: dict[int, Tensor] = {}
+    for marks, part in zip(places, parts, strict=True):
+        rows = part.to(role.base.device).split([count for _, count in marks]) if marks else ()
+        every.update({i: own for (i, _), own in zip(marks, rows, strict=True)})
+    return [every[i] for i in range(len(every))]
 
 
 @dataclass
@@ -137,11 +166,40 @@ def _recompute_more(engine: Engine) -> str:
 def run(
     engine: Engine, role: Role, work: Part, prepare: Prepare | None, scaler: torch.amp.GradScaler | None
 ) -> dict[str, float]:
-    """Every micro-batch forward and, with a scaler, backward; the metrics summed, then divided."""
-    sums: dict[str, float] = {"loss": 0.0}
-    over: dict[str, float] = {"loss": 1.0}
+    """Every micro-batch forward and, with a scaler, backward; the metrics summed over all processes, then divided."""
+    training = scaler is not None
+    with _own_draws(engine, training=training):
+        every = lockstep.together(
+            role.base, lambda: _share(engine, role, work, prepare, scaler), f"computing {_moment(engine)}"
+        )
+    for said in every:
+        if said["odd"] is not None:
+            value, where = said["odd"]
+            _diverged(engine, "loss", value, tuple(where), training=training)
+    sums: dict[str, float] = {}
+    over: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    tokens, counts = 0, work.counts
+    for said in every:
+        for name, (value, count) in said["sums"].items():
+            sums[name] = sums.get(name, 0.0) + value
+            over[name] = work.counts[count] if isinstance(count, str) else over.get(name, 0.0) + count
+        for name, value in said["peaks"].items():
+            peaks[name] = max(peaks.get(name, -math.inf), value)
+    over["loss"] = 1.0
+    if training:
+        engine.tokens += sum(said["tokens"] for said in every)
+    return {name: value / over[name] for name, value in sums.items() if over[name] > 0} | peaks
+
+
+def _share(
+    engine: Engine, role: Role, work: Part, prepare: Prepare | None, scaler: torch.amp.GradScaler | None
+) -> dict[str, Any]:
+    """What the micro-batches of this process come to, as JSON. sums: by name, with a count or the unit it is over; odd:
+    a loss that is not finite and the rows it is of; what is computed after it counts for nothing."""
+    counts, tokens = work.counts, 0
+    sums: dict[str, list[Any]] = {"loss": [0.0, 1.0]}
+    peaks: dict[str, float] = {}
+    odd: list[Any] | None = None
     for group, raw in batches(engine, role, work.samples):
         batch = raw if prepare is None else prepare(raw, group)
         tokens += sum(size(work.samples[i], packed=batch.packed) for i in group)
@@ -150,27 +208,54 @@ def run(
             parts = [value / max(counts[unit], 1) for unit, value in losses.sums.items()]
             part = torch.stack(parts).sum()
             if not bool(torch.isfinite(part)):
-                role.abandon()
-                _diverged(engine, "loss", float(part.detach()), batch.where, training=scaler is not None)
+                odd = odd or [float(part.detach()), batch.where]
+                if not role.base.shards:
+                    role.abandon()
+                    break
             if scaler is not None:
                 role.backward(scaler.scale(part))
-        sums["loss"] += float(part.detach())
+        sums["loss"][0] += float(part.detach())
         for name, (value, count) in losses.metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-            over[name] = counts[count] if isinstance(count, str) else over.get(name, 0.0) + count
+            known = sums.setdefault(name, [0.0, count if isinstance(count, str) else 0.0])
+            known[0] += float(value)
+            if not isinstance(count, str):
+                known[1] += count
         for name, value in losses.peaks.items():
             peaks[name] = max(peaks.get(name, -math.inf), float(value))
-    if scaler is not None:
-        engine.tokens += tokens
-    return {name: value / over[name] for name, value in sums.items() if over[name] > 0} | peaks
+        engine.display.advance(len(group))
+    train, packed = scaler is not None, engine.packed and role.base.packed
+    lockstep.rest(role, work.samples, engine.budget, packed=packed, train=train, backward=train and not work.still)
+    return {"odd": odd, "sums": sums, "peaks": peaks, "tokens": tokens}
+
+
+@contextmanager
+def _own_draws(engine: Engine, *, training: bool) -> Iterator[None]:
+    """Each of several processes drops other things out, as a function of seed, step, pass and process; outside, their
+    generators stay the same."""
+    if processes.count() == 1 or not training:
+        yield
+        return
+    engine.passes += 1
+    mixed = np.random.SeedSequence([engine.recipe.seed, engine.step, engine.passes, processes.rank()])
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _moment(engine: Engine) -> str:
+    return f"step {engine.step + 1}"
 
 
 def apply(engine: Engine, learner: Learner, samples: Sequence[Sample]) -> float:
-    """Clip, check, apply. The norm of the gradient before clipping."""
-    learner.scaler.unscale_(learner.optimizer)
+    """Add up over the processes, clip, check, apply. The norm of the gradient before clipping."""
     parameters = [p for _, p in learner.role.parameters]
+    doing = f"adding up the gradients of {_moment(engine)}"
+    processes.add([p for p in parameters if not sharding.split(p)], doing)
+    parts.hand_over(learner.lent)
+    learner.scaler.unscale_(learner.optimizer)
     limit = engine.recipe.training.max_grad_norm
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+    norm = parts.clip(parameters, math.inf if limit is None else limit, doing)
     learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
     if learner.skipped > (OVERFLOWS if learner.scaler.is_enabled() else 0):
         _diverged(engine, "grad_norm", norm, tuple(s.where for s in samples))
@@ -178,7 +263,7 @@ def apply(engine: Engine, learner: Learner, samples: Sequence[Sample]) -> float:
         refuse_spike(engine, learner, "grad_norm", norm, samples)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
+    parts.forget(learner.optimizer, learner.lent)
     return norm
 
 

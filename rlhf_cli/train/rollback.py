@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.models import processes
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.runs import manifest
 from rlhf_cli.runs.files import disk_error, write_atomic
@@ -47,13 +48,19 @@ def roll_back(
     of all learning rates. Raises ModelError when the disk refuses.
     """
     sizes = saved.state["sizes"]
-    _set_aside(engine.run.path, sizes, row, lost)
+    processes.first(lambda: _set_aside(engine.run.path, sizes, row, lost), "setting aside what is rolled back")
     snapshot.load(engine, saved)
     snapshot.scale_rates(engine, carry())
     engine.spare = None
-    snapshot.save(engine, sizes)
-    for name, size in sizes.items():
-        Lines(engine.run.path / name).cut(size)
+
+    found = snapshot.gather(engine)
+
+    def settle() -> None:
+        snapshot.save(engine, found, sizes)
+        for name, size in sizes.items():
+            Lines(engine.run.path / name).cut(size)
+
+    processes.first(settle, "rolling back")
     engine.set_out()
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from rlhf_cli.errors import DivergedError
+from rlhf_cli.models import sharding
 from rlhf_cli.runs.files import disk_error
 from rlhf_cli.runs.metrics import HINT
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, parts
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine
@@ -26,13 +27,32 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
-    """A whole checkpoint of this moment: trained tensors, optimisers, schedules, generators, and all that is kept.
+Gathered = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+"""Groups of tensors, and the settings of the optimisers by learner."""
+
+
+def gather(engine: Engine) -> Gathered:
+    """The tensors of this moment: trained ones, optimisers, and all that is kept. All processes ask together, and those
+    that are held in parts are whole in process 0."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    optimizers: dict[str, Any] = {}
+    for name, learner in engine.learners.items():
+        tensors[name] = _whole(learner.role.tensors())
+        tensors[f"{name}-optimizer"], optimizers[name] = parts.save(learner.optimizer, learner.lent)
+    return tensors | {name: _whole(kept) for name, kept in engine.kept_tensors.items()}, optimizers
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: sharding.whole(tensor) for name, tensor in tensors.items()}
+
+
+def save(engine: Engine, found: Gathered, sizes: dict[str, int] | None = None) -> None:
+    """A whole checkpoint of this moment: what was gathered, schedules, generators, and all that is kept.
 
     sizes: of the metric files, where they are about to be cut back; None: as they are. Raises DivergedError instead of
     saving numbers that are not finite.
     """
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors, optimizers = found
     state: dict[str, Any] = {
         "step": engine.step,
         "tokens": engine.tokens,
@@ -43,17 +63,15 @@ def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
         "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
     }
     for name, learner in engine.learners.items():
-        tensors[name] = learner.role.tensors()
-        tensors[f"{name}-optimizer"], optimizer = checkpoint.save_optimizer(learner.optimizer)
         _require_finite(engine, name, tensors[name])
         _require_finite(engine, f"{name}'s optimiser", tensors[f"{name}-optimizer"])
         state["learners"][name] = {
-            "optimizer": optimizer,
+            "optimizer": optimizers[name],
             "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
             "scaler": learner.scaler.state_dict(),
         }
-    tensors |= engine.kept_tensors
-    tensors["random"], state["random"] = checkpoint.random_state()
+    random_tensors, state["random"] = checkpoint.random_state()
+    tensors = tensors | {"random": random_tensors}
     keep = engine.recipe.checkpoint.keep
     checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep, engine.spare)
 
@@ -96,7 +114,7 @@ def load(engine: Engine, saved: checkpoint.Checkpoint) -> None:
     for name, learner in engine.learners.items():
         learner.role.load_tensors(saved.tensors(name))
         kept = state["learners"][name]
-        checkpoint.load_optimizer(learner.optimizer, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
+        parts.load(learner.optimizer, learner.lent, saved.tensors(f"{name}-optimizer"), kept["optimizer"])
         _resume_schedule(learner.scheduler, kept["scheduler"])
         if kept["scaler"]:
             learner.scaler.load_state_dict(kept["scaler"])
@@ -105,7 +123,7 @@ def load(engine: Engine, saved: checkpoint.Checkpoint) -> None:
         thing.load_state_dict(state["kept"][name])
     for name, own in engine.kept_tensors.items():
         for key, tensor in saved.tensors(name).items():
-            own[key].copy_(tensor)
+            sharding.fill(own[key], tensor)
     checkpoint.set_random_state(saved.tensors("random"), state["random"])
 
 

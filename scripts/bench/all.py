@@ -1,7 +1,7 @@
 """Every benchmark in one command: measures and writes the tables of docs/BENCHMARKS.md.
 
     python scripts/bench/all.py                    every part
-    python scripts/bench/all.py growth startup     some: training, rollouts, startup, growth, floor
+    python scripts/bench/all.py growth startup     some: training, rollouts, growth, floor, plan, sharding ...
 
 Each part is a script beside this one. Its tables replace what stands between its markers on the page, `<!-- growth -->`
 and `<!-- /growth -->`, with a line about the machine; all else on the page stays. A part is written as soon as it is
@@ -57,8 +57,10 @@ PARTS = {
     "rollouts": Part("rollouts.py", out=False),
     "startup": Part("startup.py", ("peer",)),
     "checkpoints": Part("checkpoints.py"),
+    "sharding": Part("sharding.py"),
     "growth": Part("growth.py"),
     "floor": Part("floor.py", pairs=True),
+    "plan": Part("plan.py"),
 }
 
 

@@ -68,6 +68,16 @@ def test_training_moves_only_the_adapter_and_the_loss_falls(folder: Path, kind: 
     assert all(not torch.equal(v, start[k]) for k, v in role.tensors().items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_with_a_bias_take_an_adapter(tmp_path: Path, dtype: str) -> None:
+    """bitsandbytes gives back a view then, which must not be changed in place."""
+    folder = write_model(tmp_path / "qwen2", "qwen2", hidden_size=64, intermediate_size=128, head_dim=16)
+    role = lora_role(load(folder, "nf4", dtype=dtype), "policy")
+    with role.active(train=True):
+        role.backward(-role.logp(collate(kinds(1)["demonstrations"], packed=False)).logp.mean())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for _, p in role.parameters)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_padded(folder: Path, kind: str) -> None:
     """int8 scales each row of activations by its own maximum, so even there a token's neighbours do not matter."""

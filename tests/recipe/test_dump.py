@@ -122,7 +122,7 @@ def test_every_default_is_written_and_the_order_is_readable() -> None:
     lines = dump_recipe(first).splitlines()
     tops = [line.split(":")[0] for line in lines if line[0] not in " -"]
     assert tops == ["stage", "model", "lora", "data", "rewards", "rollout", "ppo", "critic", "doctor", "training",
-                    "logging", "checkpoint", "evaluation", "seed", "output_dir"]  # fmt: skip
+                    "logging", "checkpoint", "evaluation", "license", "distributed", "seed", "output_dir"]  # fmt: skip
     assert "  adam_epsilon: 1.0e-08" in lines
     assert lines[lines.index("  kl:") + 1] == "    name: fixed"
     assert "  chat_template: null" in lines

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_cli.cli.app import run_command_line
-from rlhf_cli.report.overlay import MOST, smoothed
+from rlhf_cli.report.axes import axis, on
+from rlhf_cli.report.overlay import MOST, phases, smoothed
 from rlhf_cli.report.plots import Curve, svg, thinned
 from rlhf_cli.report.story import leaves, names
 from tests.report.test_page import EVIL, Seen
@@ -100,7 +101,7 @@ def test_several_runs_on_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     chosen = data_run(tmp_path / "chosen", "select", "summary.json", {"rows": 4321, "best_of_n": best, "left_out": {}})
     monkeypatch.chdir(tmp_path)
     assert report("a/ppo", second, chosen, evaluation(tmp_path / "judged")) == 0
-    assert capsys.readouterr().err == "report: report.html\n"
+    assert capsys.readouterr().err.splitlines() == [f"{second} is not finished: step 499", "report: report.html"]
     page = tmp_path / "report.html"
     found = seen(page)
     for words in (
@@ -267,3 +268,57 @@ def test_settings_as_a_recipe_spells_them() -> None:
     assert dict(leaves(found)) == {
         "a.b": "null", "a.c.1.d": "true", "a.c.2.d": "1.5", "e": "1, x", "f": '" "', "g": "{}", "h": "[]",
     }  # fmt: skip
+
+
+# --- runs that are under way, and what curves are drawn over -----------------------------------------------
+
+
+def under_way(folder: Path, training: str, **more: Any) -> Path:
+    """A run of which 40 steps are there."""
+    ppo_run(folder, f"training: {training}\n")
+    found = [row(step) | {"tokens_per_second": 2.0, "epoch": step / 100, **more} for step in range(1, 41)]
+    lines(folder / "metrics.jsonl", found)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("training", "far"),
+    [("{max_steps: 200}", "step 40 of 200"), ("{max_steps: null, num_epochs: 1.5}", "step 40, epoch 0.40 of 1.5")],
+)
+def test_a_run_under_way_says_how_far_it_is(tmp_path: Path, capsys: Any, training: str, far: str) -> None:
+    run = under_way(tmp_path / "run", training)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "loss"')
+    assert report(run) == 0
+    assert capsys.readouterr().err.splitlines() == [f"{run} is not finished: {far}", f"report: {run / 'report.html'}"]
+    assert f"not finished{far}" in seen(run / "report.html").words
+    (run / "DONE").write_text("{}")
+    assert report(run) == 0
+    assert "finished" not in capsys.readouterr().err
+    assert "not finished" not in seen(run / "report.html").words
+
+
+def test_curves_over_tokens_and_time(tmp_path: Path, capsys: Any) -> None:
+    run = under_way(tmp_path / "run", "{max_steps: 40}")
+    placed = {x: axis(x, [row(s) | {"tokens_per_second": 2.0} for s in range(4)]) for x in ("tokens", "time")}  # type: ignore[arg-type]
+    assert placed["tokens"].places == {0: 0, 1: 10, 2: 20, 3: 30}
+    assert placed["time"].places == {s: pytest.approx(5 * s) for s in range(4)}
+    assert on(Curve("loss", (1, 3, 9), (1.0, 0.5, 0.1)), placed["tokens"]) == Curve("loss", (10, 30), (1.0, 0.5))
+    pages = {}
+    for x in ("step", "tokens", "time"):
+        assert report(run, "-o", tmp_path / f"{x}.html", "--x", x) == 0
+        pages[x] = seen(tmp_path / f"{x}.html").words
+    assert "time of training" in pages["time"]
+    assert re.search(r"[1-9]\d* min", pages["time"])
+    assert "time of training" not in pages["tokens"]
+    assert report(run, ppo_run(tmp_path / "other"), "-o", tmp_path / "both.html", "--x", "tokens") == 0
+    assert "400" in seen(tmp_path / "both.html").words
+    capsys.readouterr()
+    assert report(run, "--x", "days") == 2
+    assert capsys.readouterr().err == "error: --x: 'days' is not one of step, tokens, time\n"
+
+
+def test_time_that_not_every_step_takes_is_spread_over_all() -> None:
+    found = {"time/update_s": Curve("time/update_s", tuple(range(10)), (1.0,) * 10),
+             "time/evaluation_s": Curve("time/evaluation_s", (9,), (5.0,))}  # fmt: skip
+    assert "update 1 s, evaluation 0.5000 s" in phases([found], ["run"])

@@ -121,3 +121,26 @@ def test_provenance_names_neither_user_nor_host() -> None:
     assert f'"{getpass.getuser()}"' not in text
     assert provenance.versions()["torch"][0].isdigit()
     assert provenance.hardware()["memory"] > 2**28
+
+
+def test_what_a_library_greets_with_is_not_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = stub("trackio", monkeypatch)
+    monkeypatch.setattr(module, "init", lambda **_: print("welcome"))
+    monkeypatch.setattr(module, "finish", lambda: print("goodbye"))
+    open_trackers(["trackio"], tmp_path / "a", {}).close()
+    caught = capsys.readouterr()
+    assert (caught.out, caught.err) == ("", "welcome\ngoodbye\n")
+
+
+def test_a_tracker_that_cannot_work_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise ValueError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(stub("wandb", monkeypatch), "init", fail)
+    with pytest.raises(RecipeError) as caught:
+        open_trackers(["wandb"], tmp_path / "a", {})
+    assert [str(p) for p in caught.value.problems] == [
+        "logging.report_to: wandb cannot be opened: No API key configured. (set it up, or leave it out)"
+    ]

@@ -188,8 +188,17 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below a folder with its bytes; of a card, what it says of any run that trains the same."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    if folder.name == "final" and "README.md" in found:
+        found["README.md"] = said(found["README.md"].decode(), folder.parent)
+    return found
+
+
+def said(card: str, run: Path) -> bytes:
+    """A card without the name of its run and the settings that do not matter."""
+    plain = card.replace(str(run), "RUN").replace(f"# {run.name}\n", "# RUN\n").partition("## Recipe")[0]
+    return plain.encode()
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:

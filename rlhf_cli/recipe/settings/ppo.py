@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS, AboveOne, Finite, NonNegative, Positive, Settings
+from rlhf_cli.catalog.entries import LARGEST
 from rlhf_cli.recipe.settings.blocks import Checked, Count, block
 from rlhf_cli.recipe.settings.data import Sources
 
@@ -57,6 +58,11 @@ class ReferenceUpdateSettings(Settings):
     """reference <- (1 - alpha) reference + alpha policy, tensor by tensor. With LoRA these are the factors A and B,
     whose product lies -alpha (1 - alpha) (B_policy - B_reference) (A_policy - A_reference) beside the mixture of
     products."""
+
+
+class ImportanceSettings(Settings):
+    cap: Annotated[float, Field(ge=1, le=LARGEST, allow_inf_nan=False)] = 2.0
+    """The largest weight of a token (C of the paper)."""
 
 
 class PPOSettings(Checked):
@@ -113,6 +119,9 @@ class PPOSettings(Checked):
     """Let the reference follow the policy; null: it stays where the policy started."""
     target_kl: Positive | None = None
     """Stop a rollout's updates when the KL per token to its policy passes 1.5 times this; null: never."""
+    importance_correction: ImportanceSettings | None = None
+    """Weigh each token's policy loss by min(p / q, cap), p its probability under the policy as trained, q as the engine
+    sampled it; null: off. For engines whose numbers are not those of the training (vllm)."""
 
     def contradictions(self) -> Iterator[str]:
         critic = ESTIMATORS[self.advantage.name].critic

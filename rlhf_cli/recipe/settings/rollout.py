@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rlhf_cli.catalog import NonNegative, Positive
-from rlhf_cli.recipe.settings.blocks import Checked, Count
+from rlhf_cli.recipe.settings.blocks import Checked, Count, Name
 
 MOST = 4096
 """Completions of a prompt: they are sampled together."""
+_ADDRESS = re.compile(r"https?://([\w-]{1,63}(\.[\w-]{1,63})*|\[[0-9A-Fa-f:.]+\])(:([0-9]{1,5}))?/?", re.ASCII)
+
+
+def _an_address(value: str) -> str:
+    found = _ADDRESS.fullmatch(value)
+    if found is None or int(found[4] or 1) not in range(1, 2**16):
+        raise ValueError("this is no address of a server: write scheme, host and port alone, http://127.0.0.1:8000")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_an_address)]
+"""Of a server: nothing but scheme, host and port."""
+LONGEST = 7 * 24 * 3600.0
+"""Seconds that a server can be waited for."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Highest ranks of adapters that a vLLM server can be told (its --max-lora-rank)."""
+HIGHEST_RANK = RANKS[-1]
+OF_A_SERVER = ("server", "server_timeout", "adapter_folder", "sleep")
+"""Keys that say where completions are sampled, and nothing of what they are."""
 
 
 class SamplingSettings(Checked):
@@ -34,13 +54,23 @@ class SamplingSettings(Checked):
     """Sample from the fewest tokens that together have this probability. In ppo biased."""
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Sample only tokens with at least this share of the likeliest token's probability. In ppo biased."""
-    engine: Literal["own", "generate", "continuous"] = "own"
+    engine: Literal["own", "generate", "continuous", "vllm"] = "own"
     """own: reads each prompt once for all its completions and drops finished ones; generate: transformers' `generate`,
     for models that the own loop cannot take, with the same draws; continuous: transformers' continuous batching, with
-    draws of its own."""
+    draws of its own; vllm: a vLLM server, which is handed the adapter whenever it has changed and draws by itself."""
     max_batch: Count = 64
-    """Completions sampled at once. Never changes the result (of continuous: it does); halved by itself when memory runs
-    out."""
+    """Completions sampled at once, or asked of the server at once. Never changes the result (of continuous: it does);
+    halved by itself when memory runs out."""
+    server: Address | None = None
+    """Address of the vLLM server, `http://127.0.0.1:8000`. `rlhf serve-rollouts RECIPE` starts it."""
+    server_timeout: Annotated[float, Field(gt=0, le=LONGEST)] = 600.0
+    """Seconds that the server may take for all completions of one prompt, waiting in its queue included."""
+    adapter_folder: Name | None = None
+    """A folder that this machine writes and the server reads under the same name, for the adapter; null: the run
+    directory."""
+    sleep: bool = False
+    """Put the server to sleep between rollouts: its weights go to the main memory and its cache is dropped, so that it
+    can share a card with the training."""
 
     def contradictions(self) -> Iterator[str]:
         if self.temperature == 0 and self.completions_per_prompt > 1:
@@ -52,6 +82,17 @@ class SamplingSettings(Checked):
             )
         if self.engine == "continuous" and self.min_new_tokens:
             yield "rollout.engine: continuous knows no rollout.min_new_tokens: use own or generate"
+        if self.engine == "vllm" and self.min_new_tokens:
+            yield (
+                "rollout.engine: vllm keeps early stops away by changing their probability, which "
+                "rollout.min_new_tokens must not: use own or generate"
+            )
+        if self.engine == "vllm" and self.server is None:
+            yield (
+                "rollout.engine: vllm asks a server, and rollout.server is not given: "
+                "`server: http://127.0.0.1:8000`, which `rlhf serve-rollouts` starts"
+            )
+        yield from self.unread(OF_A_SERVER, "engine", "vllm")
 
 
 class RolloutSettings(SamplingSettings):

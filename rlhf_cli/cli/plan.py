@@ -1,0 +1,217 @@
+"""`rlhf plan` on the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rlhf_cli.stages.plan import Plan
+    from rlhf_cli.stages.plan_advice import Change
+
+MIB = 2**20
+GIB = 2**30
+
+
+def make(
+    path: str, overrides: Sequence[str], vram: float | None, *, timed: bool, as_json: bool, world: int = 1
+) -> list[str]:
+    """The lines of the plan, or its JSON as one. Raises RlhfError."""
+    from rlhf_cli.recipe.inherit import inherit_adapter
+    from rlhf_cli.recipe.reader import read_recipe
+    from rlhf_cli.recipe.schema import Recipe
+
+    if vram is not None and not (vram > 0 and math.isfinite(vram)):
+        raise RecipeError(f"{vram:g} is no size of a card", "--vram", "give GiB above 0, for instance --vram 12")
+    if world < 1:
+        raise RecipeError(f"{world} is no number of processes", "--world-size", "give 1 or more")
+    recipe = read_recipe(path, overrides, None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"plans what a command trains, and rlhf {recipe.stage} trains nothing", "rlhf plan",
+                          f"rlhf {recipe.stage} {path} --dry-run tells of its data")  # fmt: skip
+
+    def reread(more: Sequence[str]) -> Any:
+        return inherit_adapter(read_recipe(path, [*overrides, *more], None))
+
+    recipe = inherit_adapter(recipe)
+    from rlhf_cli.stages.plan import plan
+    from rlhf_cli.stages.plan_advice import advice, headroom
+
+    found = plan(recipe, vram, timed=timed, world=world)
+    fits = found.estimate.peak <= found.target.room
+    changes = advice(found, reread) if not fits else []
+    largest = headroom(found, reread) if fits and found.target.kind == "cuda" else None
+    if as_json:
+        return [json.dumps(plain(found, changes, largest), indent=2, ensure_ascii=False)]
+    return [
+        *_what(found),
+        "",
+        *_data(found),
+        "",
+        *_memory(found),
+        *_traffic(found),
+        *_time(found),
+        "",
+        *_fit(found, changes, largest),
+    ]
+
+
+def _what(plan: Plan) -> list[str]:
+    stand, recipe = plan.model.standing, plan.recipe
+    total = stand.weights.numbers + stand.adapters
+    how = "all weights" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
+    lines = [
+        f"rlhf {recipe.stage}: {recipe.model.name_or_path}, {how}",
+        f"parameters: {stand.weights.numbers:,} of the base ({stand.weights.quantised:,} of them quantised), "
+        f"{stand.trained:,} trained ({100 * stand.trained / total:.2f} %)",
+    ]
+    if plan.weightless:
+        lines.append(f"{plan.text.path.name} holds no weights yet: planned from its config.json")
+    return lines
+
+
+def _data(plan: Plan) -> list[str]:
+    data = plan.data
+    each = "rollouts" if plan.recipe.stage == "ppo" else "steps"
+    lines = plan.data.prepared.report.lines()
+    steps = f"{data.steps:,} {each}"
+    if data.updates != data.steps:
+        steps += f" with {data.updates:,} updates"
+    words = " if every completion is as long as it may be" if plan.recipe.stage == "ppo" else ""
+    return [*lines, f"{steps}, {data.tokens:,} tokens in all{words}"]
+
+
+def _memory(plan: Plan) -> list[str]:
+    estimate = plan.estimate
+    worst = max(estimate.moments, key=lambda name: estimate.moments[name])
+    lines = [f"memory in MiB, at the moment that takes most ({worst}):"]
+    rows = [(p.role, p.what, f"{p.bytes / MIB:,.1f}", p.how) for p in estimate.parts]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines += [
+        f"  {role:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {how}" for role, what, size, how in rows
+    ]
+    lines.append(f"  {'':<{widths[0]}}  {'peak':<{widths[1]}}  {f'{estimate.peak / MIB:,.1f}':>{widths[2]}}")
+    others = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sorted(estimate.moments.items(), key=_by_size))
+    lines.append(f"by moment: {others}")
+    lines.append(
+        f"micro-batches of {estimate.budget:,} tokens, activations of {estimate.recomputed} of {plan.model.layers} "
+        f"layers recomputed; measured on {plan.model.measured.tokens} tokens"
+    )
+    return lines
+
+
+def _traffic(plan: Plan) -> list[str]:
+    """What processes send one another, with the terms of the formula."""
+    of = plan.traffic
+    if of is None:
+        return []
+    share = f"{of.world - 1}/{of.world}"
+    times = f"{of.updates:g} updates x " if of.updates != 1 else ""
+    lines = [
+        f"each of {of.world} processes sends {_size(of.sent)} a {_unit(plan)} for what is trained:",
+        f"  gradients added up: {times}4 bytes x {of.replicated:,} numbers = {_size(of.handed)} "
+        f"(distributed/gradient_bytes), on a ring x 2 x {share} = {_size(of.ring)}",
+    ]
+    if of.matrices:
+        often = f"{times}{of.micro_batches:.3g} micro-batches x"
+        lines.append(f"  layers gathered: {often} 2 (forward, backward) x {_size(of.matrices)} x {share} = "
+                     f"{_size(of.gathered)}; a forward without gradient gathers them once more")  # fmt: skip
+    if of.spread:
+        lines.append(f"  gradients of parts: {often} 4 bytes x {of.spread:,} numbers x {share} = {_size(of.scattered)}")
+    return lines
+
+
+def _size(count: float) -> str:
+    """Bytes in words."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _unit(plan: Plan) -> str:
+    return "rollout" if plan.recipe.stage == "ppo" else "step"
+
+
+def _by_size(item: tuple[str, int]) -> int:
+    return -item[1]
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.seconds is None:
+        return []
+    unit, where = _unit(plan), _device()
+    text = f"time, estimated from two measured layers on {where}: {plan.seconds:.3g} s a {unit}, "
+    lines = [text + f"{_long(plan.seconds * plan.data.steps)} for the run without evaluations and checkpoints"]
+    if plan.traffic is not None:
+        lines.append(f"(shared evenly among {plan.target.world} processes; what they send one another is not in it)")
+    if plan.target.given and where == "this CPU":
+        lines.append("(of a card that is not here nothing is known but its memory)")
+    return lines
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+
+
+def _long(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _fit(plan: Plan, changes: Sequence[Change], largest: int | None) -> list[str]:
+    estimate, target = plan.estimate, plan.target
+    each = f"a {target.world}th of " if target.world > 1 else ""
+    name = {"cpu": f"{each}this machine's free memory"}.get(target.kind, "the card")
+    spare = target.room - estimate.peak
+    if spare >= 0:
+        line = f"fits: {estimate.peak / GIB:.2f} of {target.room / GIB:.2f} GiB of {name}, {spare / GIB:.2f} to spare"
+        more = [f"micro-batches of up to {largest:,} tokens would fit"] if largest is not None else []
+        return [line, *more]
+    lines = [f"does not fit: {estimate.peak / GIB:.2f} GiB, {-spare / GIB:.2f} more than the {target.room / GIB:.2f} "
+             f"of {name}"]  # fmt: skip
+    if not any(change.fits for change in changes):
+        lines.append("nothing that is known here makes it fit; the least:")
+    for change in changes:
+        words = " ".join(f"--set {shlex.quote(one)}" for one in change.sets)
+        lines.append(f"  {change.peak / GIB:.2f} GiB with {words}   ({change.words})")
+    return lines
+
+
+def plain(plan: Plan, changes: Sequence[Change], largest: int | None) -> dict[str, Any]:
+    """The plan as JSON values; sizes in bytes."""
+    stand, estimate, data = plan.model.standing, plan.estimate, plan.data
+    return {
+        "stage": plan.recipe.stage,
+        "model": plan.recipe.model.name_or_path,
+        "weights_present": not plan.weightless,
+        "parameters": {"base": stand.weights.numbers, "quantised": stand.weights.quantised, "trained": stand.trained,
+                       "adapters": stand.adapters},
+        "data": {"report": data.prepared.report.to_json(), "steps": data.steps, "updates": data.updates,
+                 "tokens": data.tokens},
+        "memory": {
+            "device": plan.target.kind, "room": plan.target.room, "given": plan.target.given, "peak": estimate.peak,
+            "idle": plan.model.idle, "moments": estimate.moments,
+            "parts": [part._asdict() for part in estimate.parts],
+            "gradients": stand.gradients, "optimiser": stand.optimiser,
+            "micro_batch_tokens": estimate.budget, "recomputed_layers": estimate.recomputed,
+            "layers": plan.model.layers, "measured_tokens": plan.model.measured.tokens,
+        },
+        "time": None if plan.seconds is None else {
+            "device": _device(), "seconds_per_step": plan.seconds, "seconds": plan.seconds * data.steps},
+        "world_size": plan.target.world,
+        "communication": None if plan.traffic is None else asdict(plan.traffic) | {
+            name: getattr(plan.traffic, name) for name in ("handed", "ring", "gathered", "scattered", "sent")},
+        "fits": estimate.peak <= plan.target.room,
+        "largest_micro_batch_tokens": largest,
+        "changes": [change._asdict() for change in changes],
+    }  # fmt: skip

@@ -1,0 +1,168 @@
+"""`rlhf serve-rollouts`: the command line of the vLLM server that a recipe samples with, and the process that runs it.
+
+vLLM is never imported; its program may lie in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.errors import Interrupted, ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.model_path import ModelPath
+
+SHARE, SHARED = 0.9, 0.5
+"""Of a card's memory for the server: when it has the card for itself, and when it sleeps while others use it."""
+HTTP = 80
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server to be started."""
+
+    arguments: list[str]
+    """The program first."""
+    environment: dict[str, str]
+    """What is added to that of this process."""
+    address: str
+
+    @property
+    def line(self) -> str:
+        """The command as a shell takes it."""
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), shlex.join(self.arguments)])
+
+
+def server_of(
+    path: str, overrides: Sequence[str], port: int | None, share: float | None, program: str | None
+) -> Served:
+    """The server that a recipe asks. Raises RecipeError: the recipe asks none; ModelError: no such model."""
+    from rlhf_cli.recipe.inherit import inherit_adapter
+    from rlhf_cli.recipe.model_path import resolve_model
+    from rlhf_cli.recipe.reader import read_recipe
+
+    recipe = inherit_adapter(read_recipe(path, overrides, None))
+    rollout: Any = getattr(recipe, "rollout", None)
+    if rollout is None:
+        raise RecipeError(f"rlhf {recipe.stage} samples no completions", f"{path} stage",
+                          "give a recipe of ppo, sample or eval")  # fmt: skip
+    if rollout.engine != "vllm":
+        raise RecipeError(f"rollout.engine is {rollout.engine}, which asks no server", path,
+                          "set engine: vllm and server: http://127.0.0.1:8000")  # fmt: skip
+    if share is not None and not 0 < share < 1:
+        raise RecipeError(f"{share:g} is no share of a card's memory", "--gpu-memory-utilization",
+                          "give a number between 0 and 1")  # fmt: skip
+    host, wanted = _place(rollout.server)
+    models = [resolve_model(name) for name in (recipe.model.name_or_path, *getattr(recipe, "against", []))]
+    source = _base(models[0])
+    there, revision, port = Path(source).is_dir(), _revision(recipe, models[0]), port or wanted
+    share = share or (SHARED if rollout.sleep else SHARE)
+    arguments = [
+        program or "vllm", "serve", str(Path(source).absolute()) if there else source, "--served-model-name", source,
+        *(["--revision", revision] if revision else []), "--host", host, "--port", str(port),
+        "--dtype", "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype,
+        *([] if getattr(recipe, "revise", None) else ["--max-model-len", str(recipe.data.max_length)]),
+        "--gpu-memory-utilization", f"{share:g}", "--logprobs-mode", "processed_logprobs",
+        "--generation-config", "vllm", "--seed", str(recipe.seed % 2**32),
+    ]  # fmt: skip
+    environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    ranks = list(_ranks(recipe, models))
+    if ranks:
+        arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(_room(max(ranks)))]
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if rollout.sleep:
+        arguments.append("--enable-sleep-mode")
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
+    return Served(arguments, environment, f"http://{host if ':' not in host else f'[{host}]'}:{port}")
+
+
+def _place(address: str) -> tuple[str, int]:
+    """Host and port of the recipe's server."""
+    found = re.fullmatch(r"(https?)://(\[.+\]|[^:/]+)(?::(\d+))?/?", address)
+    assert found is not None, "a rule of the recipe"
+    if found[1] == "https":
+        raise RecipeError("a server with certificates is started by hand", f"rollout.server {address}",
+                          "--print shows the command for http")  # fmt: skip
+    return found[2].strip("[]"), int(found[3] or HTTP)
+
+
+def _base(model: ModelPath) -> str:
+    """Folder or hub id of the base weights, as they are named to the server."""
+    return model.base if model.kind == "adapter" and model.base else str(model.weights or model.name)
+
+
+def _revision(recipe: Any, model: ModelPath) -> str | None:
+    from rlhf_cli.recipe.model_path import read_json
+
+    given: str | None = recipe.model.revision
+    if given is None and model.kind == "adapter" and model.weights is not None:
+        given = read_json(model.weights / "adapter_config.json").get("revision")
+    return given
+
+
+def _ranks(recipe: Any, models: Sequence[ModelPath]) -> Iterator[int]:
+    """Of all adapters that the server is handed."""
+    from rlhf_cli.recipe.model_path import read_json
+
+    if getattr(recipe, "lora", None) is not None:
+        yield recipe.lora.r
+    for model in models:
+        if model.kind == "adapter" and model.weights is not None:
+            yield int(read_json(model.weights / "adapter_config.json").get("r") or 1)
+
+
+def _room(rank: int) -> int:
+    """The least that the server can be told for a rank. Raises RecipeError."""
+    from rlhf_cli.recipe.settings.rollout import HIGHEST_RANK, RANKS
+
+    if rank > HIGHEST_RANK:
+        raise RecipeError(f"an adapter of rank {rank} is more than vLLM takes, {HIGHEST_RANK}", "rollout.engine",
+                          "use engine own")  # fmt: skip
+    return next(known for known in RANKS if known >= rank)
+
+
+def installed(program: str | None) -> str:
+    """Where the program lies. Raises RecipeError when it is nowhere."""
+    beside = shutil.which("vllm", path=str(Path(sys.executable).parent)) if program is None else None
+    found = beside or shutil.which(program or "vllm")
+    if found is None:
+        raise RecipeError("vLLM is not installed" if program is None else f"{program} is no program",
+                          "rlhf serve-rollouts",
+                          "pip install 'rlhf-cli[vllm]', or --vllm PATH for that of another environment")  # fmt: skip
+    return found
+
+
+def serve(program: str, served: Served) -> None:
+    """Run it until it ends, by that program. Raises ModelError when it fails, Interrupted when a signal ended it."""
+    came: list[int] = []
+    try:
+        command = [program, *served.arguments[1:]]
+        child = subprocess.Popen(command, env={**os.environ, **served.environment}, start_new_session=True)
+    except OSError as error:
+        raise ModelError(f"cannot be started: {error.strerror}", program) from error
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise Interrupted(came[0], "the server was ended")
+    if code:
+        raise ModelError(f"ended with exit code {code}", "vllm serve", "its own words stand above")

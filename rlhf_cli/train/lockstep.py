@@ -1,0 +1,69 @@
+"""Several processes in step: with layers held in parts, each forward and backward is made by all of them together.
+
+So all make as many micro-batches of a pass, and who has fewer makes up others whose gradient is zero. One that fails
+ends at once, as the others could not go on without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlhf_cli.data.batch import micro_batches, size
+from rlhf_cli.data.shares import shares
+from rlhf_cli.data.tokens import Sample
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models import checkpointing, memory, processes, sharding
+from rlhf_cli.models.base import Base
+from rlhf_cli.models.roles import Role
+
+SHORT = 4
+"""Tokens of what is made up."""
+
+
+def every_share(samples: Sequence[Sample], *, packed: bool, count: int | None = None) -> list[Sequence[int]]:
+    """Which of some samples each process (of so many) computes: all of them when it is the only one."""
+    count = processes.count() if count is None else count
+    if count == 1:
+        return [range(len(samples))]
+    prompts = [s.prompt.tobytes() if packed and len(s.prompt) else i for i, s in enumerate(samples)]
+    costs = [float(size(s, packed=packed)) for s in samples]
+    return list(shares(costs, prompts, count))
+
+
+def together(base: Base, work: Callable[[], Any], doing: str) -> list[Any]:
+    """As `processes.together`. Of a base whose layers are held in parts, what fails on one process ends that process:
+    the others wait for it inside `work`, and learn that it is gone. Raises ModelError when memory ran out."""
+    if not base.shards:
+        return processes.together(work, doing)
+    processes.gather(None, doing)  # all are here, and what they do is known to who looks for the missing
+    try:
+        with sharding.collective(doing):
+            said = work()
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        raise ModelError(
+            f"out of memory while {doing}, and with distributed.shard: full no process can repeat that alone",
+            "training.micro_batch_tokens", "lower it, or set model.gradient_checkpointing: true",
+        ) from error  # fmt: skip
+    return processes.gather(said, doing)
+
+
+def rest(role: Role, samples: Sequence[Sample], budget: int, *, packed: bool, train: bool, backward: bool) -> None:
+    """The forwards, and with `backward` also the backward passes, that this process makes less than the one with the
+    most micro-batches."""
+    if not role.base.shards:
+        return
+    groups = [
+        sum(1 for _ in micro_batches([samples[i] for i in share], budget, packed=packed))
+        for share in every_share(samples, packed=packed)
+    ]
+    for _ in range(max(groups) - groups[processes.rank()]):
+        batch = checkpointing.made_up(role, SHORT)
+        with role.active(train=train), torch.set_grad_enabled(backward):
+            hidden = role.hidden(batch)
+            if backward:
+                role.backward(0.0 * hidden.float().sum())

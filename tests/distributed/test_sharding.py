@@ -1,0 +1,168 @@
+"""distributed.shard: full, on two processes: the numbers, files and checkpoints of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import several
+from tests.conftest import Outcome, run_cli
+from tests.stages import world as w
+
+SMALL = {"learning_rate": 1e-3, "batch_size": 5, "max_steps": 4, "micro_batch_tokens": 64}
+"""Steps of five short examples in several micro-batches: one process has more of them than the other."""
+SHARD = {"distributed": {"shard": "full", "timeout": 60}}
+FULL: dict[str, Any] = {"lora": None}
+PPO = {
+    "training": {"batch_size": 6, "max_steps": 2, "micro_batch_tokens": 64},
+    "rollout": {"max_new_tokens": 6},
+    "ppo": {"epochs": 1, "mini_batches": 1},
+    "evaluation": {"samples": 0},
+}
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft-full": ("sft", "chat", FULL | {"model": {"gradient_checkpointing": True}, "checkpoint": {"every": 2}}),
+    "sft-lora": ("sft", "chat", {}),
+    "dpo-lora": ("dpo", "pairs", {"objective": {"name": "dpo"}, "evaluation": {"every": 2}}),
+    "dpo-full": ("dpo", "pairs", FULL | {"objective": {"name": "dpo"}, "model": {"gradient_checkpointing": True}}),
+    "kto": ("dpo", "pairs", {"objective": {"name": "kto"}}),
+    "rm": ("train-rm", "pairs", {}),
+    "rm-full": ("train-rm", "pairs", FULL),
+    "ppo": ("ppo", "prompts", PPO),
+    "ppo-full": ("ppo", "prompts", FULL | PPO),
+    "ppo-trunk": ("ppo", "prompts", PPO | {"critic": {"shared": True, "pretrain_steps": 1}}),
+}
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """`make(run, where, **more)`: the recipe of one of RUNS."""
+    world = tmp_path_factory.mktemp("world")
+    for kind in ("chat", "pairs", "prompts"):
+        for suffix, count in (("", 20), ("-eval", 3)):
+            w.write_rows(world / f"{kind}{suffix}.jsonl", w.rows(kind, count, 1))
+    out = tmp_path_factory.mktemp("runs")
+
+    def recipe(run: str, where: str, **more: Any) -> dict[str, Any]:
+        stage, kind, own = RUNS[run]
+        made = w.recipe(stage, tiny_model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=SMALL)
+        if stage == "ppo":
+            made["rewards"] = [{"run": str(out / "rm-one")}]
+        return w.merged(made, own, more)
+
+    return recipe
+
+
+def alone(content: dict[str, Any], *options: object) -> Outcome:
+    """In this process."""
+    path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
+    with patch("rlhf_cli.stages.common.write_report", lambda path: path / "report.html"):
+        return run_cli(content["stage"], path, *options)
+
+
+def in_two(recipes: list[tuple[dict[str, Any], list[str]]], folder: Path) -> None:
+    """In two processes, one run after the other. Fails with what they said."""
+    lines: list[list[object]] = []
+    for content, options in recipes:
+        path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
+        lines.append([content["stage"], str(path), *options])
+    codes, said = several.launch(folder, lines, 2)
+    assert codes == [0] * len(lines), said[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run in one process and, its layers shared out, in two; and two that change over in their middle."""
+    for run in RUNS:
+        outcome = alone(make(run, "one"))
+        assert outcome.code == 0, outcome.err
+    first = alone(make("sft-full", "onetwo"), "--max-steps", 2)
+    assert first.code == 0, first.err
+    in_two(
+        [
+            *((make(run, "two", **SHARD), []) for run in RUNS),
+            (make("sft-full", "onetwo", **SHARD), []),
+            (make("sft-full", "twoone", **SHARD), ["--max-steps", "2"]),
+        ],
+        tmp_path_factory.mktemp("lines"),
+    )
+    last = alone(make("sft-full", "twoone"))
+    assert last.code == 0, last.err
+    return Path(make("kto", "one")["output_dir"]).parent
+
+
+def same_numbers(one: Path, other: Path) -> None:
+    """Losses, gradient norms and evaluations to 1e-5."""
+    mine, theirs = w.metrics(one), w.metrics(other)
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for row, twin in zip(mine, theirs, strict=True):
+        watched = {"loss", "grad_norm", "eval/loss", "objective/scores", "loss/value"} & set(row) & set(twin)
+        assert "loss" in watched or row["step"] == 0 or "objective/scores" in watched
+        for name in watched:
+            assert row[name] == pytest.approx(twin[name], abs=1e-5, rel=1e-5), (one, name)
+        assert row.get("num_tokens") == twin.get("num_tokens")
+
+
+def same_tensors(one: Path, other: Path, limit: float = 2e-5) -> None:
+    """All tensors below a folder, by name, shape and dtype, and to a limit."""
+    files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors") if p.name != "random.safetensors")
+    assert files
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors") if p.name != "random.safetensors")
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+        for name, tensor in mine.items():
+            assert (tensor.double() - theirs[name].double()).abs().max() <= limit, (file, name)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_that_share_the_layers_out_equal_one(runs: Path, run: str) -> None:
+    one, two = runs / f"{run}-one", runs / f"{run}-two"
+    same_numbers(one, two)
+    same_tensors(one / "final", two / "final")
+    names = [{p.name for p in (folder / "final").iterdir()} for folder in (one, two)]
+    assert names[0] == names[1]
+    assert "sharded: each of 2 processes holds" in (two / "run.log").read_text()
+
+
+def test_checkpoints_hold_whole_tensors(runs: Path) -> None:
+    for step in ("step-000002", "step-000004"):
+        same_tensors(runs / "sft-full-one" / "checkpoints" / step, runs / "sft-full-two" / "checkpoints" / step)
+
+
+@pytest.mark.parametrize("change", ["onetwo", "twoone"])
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path, change: str) -> None:
+    run = runs / f"sft-full-{change}"
+    assert "resumed from" in (run / "run.log").read_text()
+    same_numbers(runs / "sft-full-one", run)
+    same_tensors(runs / "sft-full-one" / "final", run / "final")
+
+
+def test_one_process_has_nothing_to_share_out(make: Callable[..., dict[str, Any]]) -> None:
+    outcome = alone(make("sft-lora", "single", **SHARD, training={"max_steps": 1}))
+    assert outcome.code == 0
+    assert "a single process has nothing to share out" in outcome.err + outcome.out
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "says"),
+    [
+        ("sft-lora", {"model": {"quantization": "nf4"}}, "model.quantization is nf4: set one of them to none"),
+        ("sft-full", {"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor while lora is null"),
+        ("sft-full", {"model": {"dtype": "float16"}}, "model.dtype float16 while lora is null: use bfloat16"),
+        ("sft-lora", {"lora": {"use_dora": True}}, "lora.use_dora, which reads whole weights: use_dora: false"),
+        ("ppo", {"rollout": {"engine": "continuous"}}, "rollout.engine continuous: use own or generate"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(
+    make: Callable[..., dict[str, Any]], run: str, more: dict[str, Any], says: str
+) -> None:
+    outcome = alone(w.merged(make(run, "refused"), SHARD, more), "--dry-run")
+    assert outcome.code == 2
+    (line,) = outcome.errors
+    assert "distributed.shard full" in line
+    assert says in line

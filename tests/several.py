@@ -1,0 +1,75 @@
+"""Several command lines, one after the other, in the processes that torchrun has started: its start is what costs.
+
+    torchrun --nproc-per-node 2 -m tests.several WORK.json
+
+WORK.json: {"commands": [[argument, ...], ...], "kill": {"process": 1, "step": 4} or null}. Process 0 writes the exit
+codes beside it, to WORK.codes. `kill`: that process dies at the end of that step, in the first attempt only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(
+    folder: Path, commands: list[list[object]], count: int, kill: dict[str, int] | None = None
+) -> tuple[list[int], str]:
+    """Run them by so many processes: the exit codes, and everything that was said."""
+    work = folder / "work.json"
+    work.write_text(json.dumps({"commands": [[str(a) for a in line] for line in commands], "kill": kill}))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    line += ["--max-restarts", "1"] if kill else []
+    done = subprocess.run(
+        [*line, "-m", "tests.several", str(work)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    said = done.stdout + done.stderr
+    assert work.with_suffix(".codes").exists(), said
+    return json.loads(work.with_suffix(".codes").read_text()), said
+
+
+def main(work: Path) -> None:
+    """What each process does."""
+    import rlhf_cli.recipe.schema  # noqa: F401  early, as in conftest.py
+    from rlhf_cli.cli.app import run_command_line
+    from rlhf_cli.models import processes
+    from rlhf_cli.train.engine import Engine
+
+    told, codes = json.loads(work.read_text()), []
+    tick = Engine.tick
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    def deadly(engine: Engine, metrics: dict[str, float]) -> None:
+        tick(engine, metrics)
+        here = {"process": int(os.environ["RANK"]), "step": engine.step}
+        if here == told["kill"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with (
+        patch("rlhf_cli.stages.common.write_report", lambda path: path / "report.html"),
+        patch.object(Engine, "tick", deadly),
+    ):
+        for line in told["commands"]:
+            codes.append(run_command_line(line))
+            processes.stop()
+    if os.environ["RANK"] == "0":
+        work.with_suffix(".codes").write_text(json.dumps(codes))
+
+
+def close(a: dict[str, Any], b: dict[str, Any], tolerance: float = 1e-5) -> list[str]:
+    """The metrics of a step that differ."""
+    keys = {k for k in a.keys() | b.keys() if not k.startswith("distributed/")}
+    return [k for k in sorted(keys) if abs(a.get(k, 1e9) - b.get(k, -1e9)) > tolerance * (1 + abs(a.get(k, 0)))]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

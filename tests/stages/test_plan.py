@@ -1,0 +1,342 @@
+"""`rlhf plan`: what it counts is what a run allocates, what it decides is what a run decides, and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_cli.data.tokens import Completion, Sample
+from rlhf_cli.models import adapters, sizing
+from rlhf_cli.models.base import load_base, load_text
+from rlhf_cli.models.counting import Ledger
+from rlhf_cli.models.portions import portions
+from rlhf_cli.models.scratch import HeadUse, head_bytes
+from rlhf_cli.models.shortened import measure, role_of, shortened
+from rlhf_cli.objectives.head import Head
+from rlhf_cli.objectives.logprob import Statistics, token_logp
+from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings, Quantization
+from rlhf_cli.stages.plan_traffic import Traffic
+from tests.conftest import Outcome, run_cli
+from tests.stages import world as w
+from tests.stages.conftest import train
+
+Toy = Callable[..., dict[str, Any]]
+
+
+def asked(content: dict[str, Any], path: Path, *options: object) -> Outcome:
+    return run_cli("plan", w.save(content, path), "--no-time", *options)
+
+
+def planned(content: dict[str, Any], path: Path, *options: object) -> dict[str, Any]:
+    outcome = asked(content, path, "--json", *options)
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out)
+    return found
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_outline_has_the_bytes_of_the_loaded_model(base: Path, quantization: Quantization) -> None:
+    settings = ModelSettings(
+        name_or_path=str(base), dtype="float32", quantization=quantization, kernels="reference"
+    )  # int8 moves its scales when a layer is tried
+    text, lora = load_text(settings), LoraSettings(r=8)
+    outline = sizing.outline(text, settings, torch.float32, lora, trained=False)
+    real = load_base(text.source, settings, trained=False)
+    size = sizing.nbytes(real.model.buffers())
+    for parameter in real.model.parameters():
+        size += parameter.nbytes
+        state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+        if state is not None:
+            nested = state.state2
+            size += sizing.nbytes([state.absmax, state.code, nested.absmax, nested.code, state.offset])
+        size += 0 if scales is None else scales.nbytes
+    assert sizing.weights(outline, quantization).bytes == size
+    adapters.add_adapter(real, "policy", adapters.lora_config(lora))
+    shapes = {name: p.shape for name, p in sizing.adapter(outline)}
+    assert shapes == {name: p.shape for name, p in adapters.adapter_parameters(real, "policy")}
+
+
+def test_the_ledger_counts_what_is_alive() -> None:
+    ledger = Ledger()
+    with ledger:
+        x = torch.ones(1000)
+        y = x * 2
+        del x
+        z = y.view(10, 100)
+        z += 1
+    assert (ledger.live, ledger.peak) == (4000, 8000)
+    del y, z
+    assert ledger.live == 0
+
+
+@pytest.mark.parametrize(
+    ("statistics", "trained", "known", "tokens", "vocabulary"),
+    [("entropy", True, True, 700, 20000), ("none", True, False, 700, 9000), ("entropy", False, False, 600, 9000),
+     ("bonus", True, False, 300, 9000), ("usual", True, False, 300, 9000)],
+)  # fmt: skip
+def test_the_scratch_of_the_head_is_that_of_its_tiles(
+    statistics: Statistics, trained: bool, known: bool, tokens: int, vocabulary: int
+) -> None:
+    weight = torch.randn(vocabulary, 16, requires_grad=trained)
+    weight.grad = torch.zeros_like(weight) if trained else None
+    hidden, ids = torch.randn(tokens, 16, requires_grad=True), torch.randint(0, vocabulary, (tokens,))
+    head = (lambda x: x @ weight.T) if statistics == "usual" else Head(weight)
+    ledger = Ledger()
+    with ledger:
+        of = token_logp(hidden, head, ids, vocabulary=vocabulary, statistics=statistics,
+                        upstream=-1.0 / tokens if known else None)  # fmt: skip
+        (-of.logp.sum() / tokens + (of.entropy.sum() if statistics in ("usual", "bonus") else 0.0)).backward()
+    formula = head_bytes(HeadUse(statistics, trained, known), tokens, vocabulary, 16, "cpu", torch.float32)
+    assert ledger.peak == pytest.approx(formula, rel=0.06)
+
+
+# --- against runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [w.LORA, None])
+def test_what_is_counted_is_what_a_run_holds(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None
+) -> None:
+    content = toy("dpo", "pairs", lora=lora, objective={"name": "dpo"}, training={"max_steps": 2})
+    content["lora"] = lora
+    found = planned(content, tmp_path / "r.yaml")
+    held: dict[str, int] = {}
+    from rlhf_cli.train import snapshot
+    from rlhf_cli.train.engine import Engine
+
+    plain = snapshot.save
+
+    def save(engine: Engine, *arguments: Any) -> None:
+        learner = engine.learners["policy"]
+        tensors = [p for _, p in learner.role.parameters]
+        states = [t for state in learner.optimizer.state.values() for t in state.values() if t.ndim]
+        held.update(trained=sum(p.numel() for p in tensors), gradients=sizing.nbytes(tensors),
+                    optimiser=sizing.nbytes(states), budget=engine.budget)  # fmt: skip
+        plain(engine, *arguments)
+
+    monkeypatch.setattr(snapshot, "save", save)
+    run = train(content)
+    memory = found["memory"]
+    assert held["trained"] == found["parameters"]["trained"]
+    assert (held["gradients"], held["optimiser"]) == (memory["gradients"], memory["optimiser"])
+    assert held["budget"] == memory["micro_batch_tokens"]
+    assert w.metrics(run)[-1]["step"] == found["data"]["steps"]
+    assert w.metrics(run)[-1]["num_tokens"] == found["data"]["tokens"]
+    assert memory["peak"] == max(memory["moments"].values()) == sum(part["bytes"] for part in memory["parts"])
+    whole = [p for p in memory["parts"] if p["role"] == "reference"]
+    assert (whole[0]["bytes"] == 0) == (lora is not None)
+
+
+def test_of_ppo_every_role_and_moment_is_told(toy: Toy, rm: Path, tmp_path: Path) -> None:
+    content = toy("ppo", "prompts", rewards=[{"run": str(rm)}], rollout={"max_new_tokens": 8})
+    found = planned(content, tmp_path / "r.yaml")
+    roles = {part["role"]: part for part in found["memory"]["parts"]}
+    assert {"policy", "reference", "reward", "critic"} <= set(roles)
+    assert roles["reward"]["what"] == "adapter on the policy's base"
+    assert {"reading the prompts", "decoding", "training"} <= set(found["memory"]["moments"])
+    assert found["data"]["updates"] > found["data"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "more", "reference"),
+    [
+        ("train-rm", "pairs", {}, None),
+        ("train-rm", "steps", {"objective": {"name": "step_labels"}}, None),
+        ("dpo", "verdicts", {"objective": {"name": "kto"}}, "the policy with its adapter off"),
+        ("dpo", "rankings", {"objective": {"name": "rrhf"}}, None),
+        ("orpo", "pairs", {"training": {"layout": "padded"}}, None),
+        ("sft", "chat", {"objective": {"label_smoothing": 0.1}, "lora": {"use_dora": True}}, None),
+        ("ppo", "prompts", {"rewards": [{"rule": {"name": "stop"}}], "critic": {"shared": True},
+                            "rollout": {"max_new_tokens": 8}}, "the policy with its adapter off"),
+    ],
+)  # fmt: skip
+def test_every_command_that_trains_has_a_plan(
+    toy: Toy, tmp_path: Path, stage: str, kind: str, more: dict[str, Any], reference: str | None
+) -> None:
+    found = planned(toy(stage, kind, **more), tmp_path / "r.yaml")
+    told = {part["role"]: part["what"] for part in found["memory"]["parts"]}
+    assert told.get("reference") == reference
+    assert ("reward" if stage == "train-rm" else "policy") in told
+    assert found["memory"]["measured_tokens"] > 0
+
+
+def test_an_adapter_that_goes_on_is_copied(toy: Toy, sft_lora: Path, tmp_path: Path) -> None:
+    content = toy("dpo", "pairs", objective={"name": "dpo"})
+    content["model"]["name_or_path"] = str(sft_lora)
+    parts = {part["role"]: part for part in planned(content, tmp_path / "r.yaml")["memory"]["parts"]}
+    assert parts["reference"]["what"] == "a frozen copy of the adapter"
+    assert parts["reference"]["bytes"] > 0
+
+
+def test_without_weights_the_plan_is_the_same(toy: Toy, base: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(base / "final", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = toy("sft", "chat")
+    with_weights = planned(content, tmp_path / "r.yaml")
+    content["model"]["name_or_path"] = str(bare)
+    without = planned(content, tmp_path / "r.yaml")
+    assert (with_weights["weights_present"], without["weights_present"]) == (True, False)
+    assert with_weights["parameters"] == without["parameters"]
+    lines = asked(content, tmp_path / "r.yaml").err
+    assert "holds no weights yet: planned from its config.json" in lines
+    assert run_cli("sft", tmp_path / "r.yaml").code == 4, "a run does need them"
+
+
+# --- a card ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_comes_with_changes_that_do(toy: Toy, tmp_path: Path) -> None:
+    content = toy("sft", "chat")
+    content["lora"] = None
+    room = planned(content, tmp_path / "r.yaml", "--vram", 24)
+    assert room["fits"]
+    assert room["changes"] == []
+    assert room["largest_micro_batch_tokens"] >= room["memory"]["micro_batch_tokens"]
+    peak, optimiser = room["memory"]["peak"] / 2**30, room["memory"]["optimiser"] / 2**30
+    small = planned(content, tmp_path / "r.yaml", "--vram", f"{peak - optimiser / 3:.6f}",
+                    "--set", f"training.micro_batch_tokens={room['memory']['micro_batch_tokens']}")  # fmt: skip
+    assert not small["fits"]
+    assert small["changes"]
+    for change in small["changes"][:2]:
+        again = planned(content, tmp_path / "r.yaml", "--vram", 24,
+                        "--set", f"training.micro_batch_tokens={small['memory']['micro_batch_tokens']}",
+                        *(word for one in change["sets"] for word in ("--set", one)))  # fmt: skip
+        assert again["memory"]["peak"] == pytest.approx(change["peak"], rel=0.02)
+        assert change["fits"] == (change["peak"] <= small["memory"]["room"])
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_what_processes_send_is_the_formula() -> None:
+    of = Traffic(world=4, replicated=1000, spread=600, matrices=5000, micro_batches=3, updates=2)
+    assert of.handed == 2 * 4 * 1000
+    assert of.ring == 12_000, "2 x 3/4 of it"
+    assert of.gathered == 45_000, "2 updates x 3 micro-batches x 2 x 5,000 x 3/4"
+    assert of.scattered == 10_800, "2 updates x 3 micro-batches x 4 bytes x 600 x 3/4"
+    assert of.sent == 67_800
+
+
+def test_processes_share_examples_and_with_full_the_layers(toy: Toy, base: Path, tmp_path: Path) -> None:
+    content = toy("sft", "chat", training={"batch_size": 4}) | {"lora": None}
+    tensors = load_file(base / "final" / "model.safetensors")
+    matrices = [t for name, t in tensors.items() if ".layers." in name and t.ndim == 2]
+    halves = sum(math.ceil(len(t) / 2) * t.shape[1] for t in matrices)
+    numbers, cut = sum(t.numel() for t in tensors.values()), sum(t.numel() for t in matrices)
+
+    def told(*options: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        found = planned(content, tmp_path / "r.yaml", "--vram", 24, *options)
+        memory = {p["what"]: p["bytes"] for p in found["memory"]["parts"]} | found["memory"]
+        assert found["parameters"]["trained"] == numbers
+        return memory, found["communication"]
+
+    alone, none = told()
+    two, sent = told("--world-size", 2)
+    full, more = told("--world-size", 2, "--set", "distributed.shard=full")
+    assert none is None
+    assert two["optimiser"] == alone["optimiser"] == 8 * numbers
+    assert two["peak"] < alone["peak"], "a process has fewer examples at once"
+    assert (sent["handed"], sent["ring"], sent["sent"]) == (4 * numbers, 4 * numbers, 4 * numbers)
+    assert alone["weights, float32"] - full["weights, float32"] == 4 * (cut - halves)
+    assert (alone["gradients"], full["gradients"]) == (4 * numbers, 4 * (numbers - cut + halves))
+    assert full["optimiser"] == 8 * (numbers - cut + halves)
+    assert more["handed"] == 4 * (numbers - cut)
+    assert more["gathered"] == more["micro_batches"] * 2 * more["matrices"] / 2
+    assert more["matrices"] == 2 * cut, "in bfloat16"
+    assert more["scattered"] == more["micro_batches"] * 4 * cut / 2
+
+
+# --- how it is measured ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("rows", "length"), [(300, 12), (40, 100), (2, 2000), (1, 300)])
+def test_what_is_measured_is_neither_a_few_tokens_nor_much_the_same_twice(rows: int, length: int, packed: bool) -> None:
+    small, large = portions([_sample(length, i) for i in range(rows)], 128, 50, packed=packed)
+    assert 110 <= large.ids.numel() <= 150
+    assert 0.4 <= small.ids.numel() / large.ids.numel() <= 0.6
+
+
+def test_activations_a_token_do_not_depend_on_the_length_of_rows_or_the_stage(base: Path) -> None:
+    settings = ModelSettings(name_or_path=str(base), dtype="float32")
+    seen = []
+    for count, length, completions in ((60, 10, 1), (2, 300, 1), (20, 60, 2)):
+        with shortened(load_text(settings), settings, trained=False) as short:
+            role = role_of(short, LoraSettings(r=8), dropout=False)
+            samples = [_sample(length, i, completions) for i in range(count)]
+            batches = portions(samples, 128, short.vocabulary, packed=True)
+            seen.append(measure(role, lambda r, b: r.logp(b).logp.sum(), batches, timed=False))
+    assert [one.packed for one in seen] == [True, True, True]
+    for one in seen[1:]:
+        assert one.keep.kept.layer.each == pytest.approx(seen[0].keep.kept.layer.each, rel=0.1)
+        assert one.peak(30, 0, 5000, 0)[0] == pytest.approx(seen[0].peak(30, 0, 5000, 0)[0], rel=0.1)
+        assert one.peak(30, 30, 5000, 0)[0] == pytest.approx(seen[0].peak(30, 30, 5000, 0)[0], rel=0.2)
+
+
+def _sample(length: int, seed: int, completions: int = 1) -> Sample:
+    """Half of it the prompt."""
+    ids = np.random.Generator(np.random.Philox(key=[seed, 1])).integers(0, 50, length).astype(np.int32)
+    half = length // 2
+    answer = Completion(ids[half:], np.ones(length - half, dtype=bool))
+    return Sample(ids[:half], (answer,) * completions, {}, str(seed))
+
+
+# --- wrong inputs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "code", "words"),
+    [
+        (("--vram", "0"), {}, 2, "0 is no size of a card"),
+        (("--vram", "-3"), {}, 2, "-3 is no size of a card"),
+        (("--vram", "nan"), {}, 2, "is no size of a card"),
+        (("--vram", "much"), {}, 2, "--vram"),
+        (("--world-size", "0"), {}, 2, "0 is no number of processes"),
+        (
+            ("--world-size", "2", "--set", "distributed.shard=full"),
+            {"model": {"quantization": "nf4"}},
+            2,
+            "cannot share out",
+        ),
+        (("--set", "lora.rnk=4"), {}, 2, "lora.rnk"),
+        ((), {"data": {"train": "nowhere.jsonl", "eval": None}}, 3, "nowhere.jsonl"),
+        ((), {"model": {"name_or_path": "EMPTY"}}, 4, "config.json"),
+    ],
+)
+def test_wrong_inputs_are_one_line(
+    toy: Toy, tmp_path: Path, options: tuple[str, ...], change: dict[str, Any], code: int, words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    content = w.merged(toy("sft", "chat"), change)
+    if content["model"]["name_or_path"] == "EMPTY":
+        content["model"]["name_or_path"] = str(tmp_path / "empty")
+    outcome = asked(content, tmp_path / "r.yaml", *options)
+    assert outcome.code == code, outcome.err
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_no_recipe_and_recipes_that_train_nothing(tmp_path: Path, base: Path, world: Path) -> None:
+    outcome = run_cli("plan", tmp_path / "nowhere.yaml")
+    (line,) = outcome.err.splitlines()
+    assert outcome.code == 2
+    assert "nowhere.yaml" in line
+    sample = {"stage": "sample", "model": {"name_or_path": str(base)},
+              "data": {"prompts": str(world / "prompts.jsonl")}, "output_dir": str(tmp_path / "s")}  # fmt: skip
+    outcome = asked(sample, tmp_path / "s.yaml")
+    (line,) = outcome.err.splitlines()
+    assert outcome.code == 2
+    assert "trains nothing" in line

@@ -1,0 +1,128 @@
+"""Two and three processes: the same run as one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import several
+from tests.conftest import run_cli
+from tests.stages import world as w
+from tests.stages.conftest import train
+
+FEW: dict[str, Any] = {"training": {"max_steps": 4}}
+UNSTEADY = {"rollout/logprob_gap_max", "rollout/logprob_gap_mean", "rollout/halvings", "rollout/useful_share"}
+"""Of PPO: a difference of two roundings, and what depends on how prompts are batched."""
+
+
+def assert_same(one: Path, many: Path, *, stopped: bool = False) -> None:
+    """Both runs have the same metrics at every step, to rounding. stopped: one was also evaluated where it stopped."""
+    left, right = w.metrics(one), w.metrics(many)
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    for a, b in zip(left, right, strict=True):
+        apart = [name for name in several.close(a, b) if name not in UNSTEADY]
+        assert [name for name in apart if not (stopped and name.startswith("eval/"))] == [], a["step"]
+
+
+@pytest.fixture(scope="module")
+def recipes(base: Path, rm: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A recipe of each kind of stage."""
+    folder = tmp_path_factory.mktemp("processes")
+
+    def make(name: str, stage: str, kind: str, **more: Any) -> dict[str, Any]:
+        content = w.recipe(stage, base, world, kind, folder / name, **w.merged(FEW, more))
+        data = content["data"]
+        data["train"], data["eval"] = ({"path": data[s], "limit": n} for s, n in (("train", 80), ("eval", 10)))
+        return content
+
+    rewards = [{"function": f"{world}/reward.py:true_reward"}, {"run": str(rm), "weight": 0.5}]
+    sampled = {"ppo": {"epochs": 1, "mini_batches": 2}, "rollout": {"max_new_tokens": 6}, "evaluation": {"samples": 2}}
+    return {
+        "sft": make("sft", "sft", "chat"),
+        "rm": make("rm", "train-rm", "pairs", lora=w.LORA),
+        "dpo": make("dpo", "dpo", "pairs", lora=w.LORA, objective={"name": "dpo"}),
+        "kto": make("kto", "dpo", "verdicts", lora=w.LORA, objective={"name": "kto"}),
+        "ppo": make("ppo", "ppo", "prompts", lora=w.LORA, rewards=rewards, **sampled),
+    }
+
+
+@pytest.fixture(scope="module")
+def ones(recipes: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """Each of them by one process."""
+    return {name: train(content) for name, content in recipes.items()}
+
+
+def line(content: dict[str, Any], out: Path, *options: object) -> list[object]:
+    """The command that runs a recipe into another folder."""
+    path = w.save(content | {"output_dir": str(out)}, out.with_suffix(".yaml"))
+    return [content["stage"], path, "--quiet", *options]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(
+    recipes: dict[str, dict[str, Any]], ones: dict[str, Path], base: Path, world: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    train(recipes["dpo"] | {"output_dir": str(half)}, "--max-steps", 2)  # by one process, to be ended by two
+    wrong = w.merged(recipes["sft"], {"data": {"train": str(world / "pairs.jsonl")}})
+    wild = w.merged(recipes["sft"], {"training": {"learning_rate": 1e15, "max_grad_norm": None}})
+    commands = [line(content, tmp_path / name) for name, content in recipes.items()]
+    commands += [
+        line(recipes["dpo"], half),
+        line(recipes["ppo"], tmp_path / "two", "--max-steps", 2),
+        line(wrong, tmp_path / "wrong"),
+        line(wild, tmp_path / "wild"),
+    ]
+    codes, said = several.launch(tmp_path, commands, 2)
+    assert codes == [0] * 7 + [3, 5], said
+    for name, one in ones.items():
+        assert_same(one, tmp_path / name)
+    assert_same(ones["dpo"], half, stopped=True)
+    train(recipes["ppo"] | {"output_dir": str(tmp_path / "two")})  # begun by two, ended by one
+    assert_same(ones["ppo"], tmp_path / "two", stopped=True)
+
+    rows = w.lines(tmp_path / "sft" / "metrics.jsonl")
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "sft" / "final" / "model.safetensors").values())
+    assert rows[-1]["distributed/gradient_bytes"] == 4 * trained
+    for name in ("sft", "dpo", "ppo"):
+        path = w.save(recipes[name], tmp_path / f"plan-{name}.yaml")
+        told = json.loads(run_cli("plan", path, "--no-time", "--json", "--world-size", 2).out)["communication"]
+        assert w.lines(tmp_path / name / "metrics.jsonl")[-1]["distributed/gradient_bytes"] == told["handed"], name
+    errors = [text for text in said.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 2, errors
+    assert "pairs.jsonl" in errors[0]
+    assert "loss is" in errors[1] or "grad_norm is" in errors[1]
+    last = w.lines(tmp_path / "wild" / "metrics.jsonl")[-1]
+    assert not math.isfinite(float(last.get("loss", last.get("grad_norm", 0.0))))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_replaced_and_nothing_is_lost(
+    recipes: dict[str, dict[str, Any]], ones: dict[str, Path], tmp_path: Path
+) -> None:
+    often = w.merged(recipes["sft"], {"checkpoint": {"every": 1}, "lora": w.LORA | {"dropout": 0.3}})
+    codes, said = several.launch(tmp_path, [line(often, tmp_path / "whole")], 3)
+    assert codes == [0], said
+    codes, said = several.launch(tmp_path, [line(often, tmp_path / "killed")], 3, {"process": 1, "step": 2})
+    assert codes == [0], said
+    assert "process 1 (last seen: " in said
+    assert "is gone" in said
+    whole, killed = (w.contents(tmp_path / name / "final") for name in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_stages_that_do_not_train_run_alone(
+    monkeypatch: pytest.MonkeyPatch, base: Path, world: Path, cli: Any, tmp_path: Path
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    content = {"stage": "sample", "model": str(base), "data": {"prompts": str(world / "prompts.jsonl")}}
+    content["output_dir"] = str(tmp_path / "x")
+    outcome = cli("sample", w.save(content, tmp_path / "s.yaml"))
+    assert outcome.code == 2
+    assert outcome.errors == ["error: torchrun: rlhf sample runs in one process (start it as rlhf sample RECIPE)"]

@@ -1,0 +1,206 @@
+"""ppo, sample and eval by a vLLM server (tests/rollouts/stand_in.py), and the recipes that cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_cli.rollouts.generate import mixed
+from tests.conftest import run_cli
+from tests.rollouts.stand_in import StandIn
+from tests.stages import world as w
+from tests.stages.conftest import quick, train
+
+
+def ppo(toy: Callable[..., dict[str, Any]], world: Path, name: str, **more: Any) -> dict[str, Any]:
+    """A recipe of 3 rollouts of 8 completions, 2 to a prompt."""
+    content = toy("ppo", "prompts", name, rows=24, **w.merged({
+        "rewards": [{"function": f"{world / 'reward.py'}:true_reward"}], "lora": {"r": 4},
+        "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2}, "ppo": {"mini_batches": 2, "epochs": 1},
+        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 5e-3}, "checkpoint": {"every": 1},
+        "logging": {"every": 1},
+    }, more))  # fmt: skip
+    content["data"]["eval"] = None
+    return content
+
+
+def by(stand_in: StandIn, **more: Any) -> dict[str, Any]:
+    return {"rollout": {"engine": "vllm", "server": stand_in.address, **more}}
+
+
+def same_draws(stand_in: StandIn, steps: int = 3) -> None:
+    for step in range(1, steps + 1):
+        stand_in.knows(mixed(3, step), range(0, 8))
+    stand_in.knows(mixed(3, 0), range(0, 8))  # what is shown beside
+
+
+@pytest.fixture(scope="module")
+def fresh(base: Path) -> Iterator[Callable[..., StandIn]]:
+    """Servers of `base`."""
+    made: list[StandIn] = []
+
+    def make() -> StandIn:
+        made.append(StandIn(base / "final"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def figures_of() -> Callable[[Path], list[dict[str, Any]]]:
+    drop = (
+        "rollout/logprob_gap",
+        "rollout/halvings",
+        "rollout/useful_share",
+        "rollout/importance",
+        "rollout/tokens_per",
+    )
+    return lambda run: [{k: v for k, v in row.items() if not k.startswith(drop)} for row in w.metrics(run)]
+
+
+def test_ppo_by_a_server_learns_what_ppo_here_learns(
+    fresh: Callable[..., StandIn], toy: Callable[..., dict[str, Any]], world: Path,
+    figures_of: Callable[[Path], list[dict[str, Any]]], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Bit for bit, when the server draws the same; so does a run that the server's death broke off."""
+    here = train(ppo(toy, world, "here"))
+    stand_in = fresh()
+    same_draws(stand_in)
+    there = train(ppo(toy, world, "there", **by(stand_in)))
+    assert figures_of(there) == figures_of(here)
+    assert w.column(there, "rollout/logprob_gap_max") != []
+    assert max(w.column(there, "rollout/logprob_gap_max")) < 1e-4
+    weights = [w.contents(run / "final")["adapter_model.safetensors"] for run in (here, there)]
+    assert weights[0] == weights[1]
+    assert stand_in.calls.count("/v1/load_lora_adapter") == 4  # of each policy that sampled: 3 rollouts, what is shown
+    assert stand_in.loaded == {}
+    assert not (there / "rollout-adapter").exists()
+    assert "ppo.importance_correction: {} weighs what is learned by that" in (there / "run.log").read_text()
+
+    broken, deadly = ppo(toy, world, "broken", **by(stand_in)), len(stand_in.bodies) + 9
+    stand_in.change = lambda a: a if len(stand_in.bodies) < deadly else None
+    path = w.save(broken, tmp_path / "broken.yaml")
+    outcome = quick("ppo", path)
+    assert outcome.code == 4
+    (line,) = outcome.errors
+    assert f"rollout.server {stand_in.address}: broke off" in line
+    assert "the same command goes on from the newest whole checkpoint" in line
+    assert len(w.lines(tmp_path / "broken" / "metrics.jsonl")) == 1
+    stand_in.change = lambda a: a
+    moved = stand_in.address.replace("127.0.0.1", "localhost")  # the address is no part of what a run means
+    outcome = quick("ppo", path, f"rollout.server={moved}")
+    assert outcome.code == 0, outcome.err
+    assert figures_of(tmp_path / "broken") == figures_of(there)
+    assert w.contents(tmp_path / "broken" / "final")["adapter_model.safetensors"] == weights[1]
+
+
+def test_what_the_server_samples_otherwise_is_weighed(
+    fresh: Callable[..., StandIn],
+    toy: Callable[..., dict[str, Any]],
+    world: Path,
+) -> None:
+    stand_in = fresh()
+    same_draws(stand_in)
+    one = {"training": {"max_steps": 1}}
+    plain = train(ppo(toy, world, "plain", **w.merged(by(stand_in), one)))
+    weighed = {"ppo": {"importance_correction": {"cap": 1.2}}}
+    stand_in.shift = -0.25  # as if the server had found each token less likely
+    corrected = train(ppo(toy, world, "corrected", **w.merged(by(stand_in), one, weighed)))
+    (row,) = w.lines(corrected / "metrics.jsonl")
+    assert row["rollout/logprob_gap_mean"] == pytest.approx(0.25, abs=1e-3)
+    assert row["rollout/importance_max"] == pytest.approx(np.exp(0.25), rel=1e-3)
+    assert row["rollout/importance_mean"] == pytest.approx(1.2)
+    assert row["rollout/importance_truncated"] == 1.0
+    before, after = (w.lines(run / "metrics.jsonl")[0] for run in (plain, corrected))
+    assert after["loss/policy"] == pytest.approx(1.2 * before["loss/policy"], rel=0.05)
+    stand_in.shift = -0.75
+    content = ppo(toy, world, "strange", **w.merged(by(stand_in), one))
+    outcome = quick("ppo", w.save(content, Path(content["output_dir"]).with_suffix(".yaml")))
+    assert outcome.code == 4
+    assert "by 0.75 nats a token) (does the server hold the weights of the recipe's base?)" in outcome.errors[0]
+
+
+def test_no_server_is_told_before_models_are_read(
+    toy: Callable[..., dict[str, Any]], world: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("rlhf_cli.stages.ppo.load_roles", lambda *_: pytest.fail("a model was read"))
+    content = ppo(toy, world, "early", rollout={"engine": "vllm", "server": "http://127.0.0.1:9"})
+    outcome = quick("ppo", w.save(content, tmp_path / "early.yaml"))
+    assert (outcome.code, len(outcome.errors)) == (4, 1)
+    assert "rlhf serve-rollouts RECIPE" in outcome.errors[0]
+    assert not (tmp_path / "early").exists()
+    assert quick("ppo", tmp_path / "early.yaml", "--dry-run").code == 0  # which asks nobody
+
+
+def test_sample_and_eval_by_a_server(
+    fresh: Callable[..., StandIn],
+    sft_lora: Path,
+    base: Path,
+    world: Path,
+    tmp_path: Path,
+) -> None:
+    stand_in = fresh()
+    common = {
+        "model": {"name_or_path": str(sft_lora), "dtype": "float32"}, "seed": 3,
+        "rollout": {"max_new_tokens": 5, "completions_per_prompt": 2},
+    }  # fmt: skip
+    prompts = [{"path": str(world / "prompts.jsonl"), "limit": 6}]
+    rewards = [{"function": f"{world / 'reward.py'}:true_reward"}]
+    sampled = common | {"stage": "sample", "data": {"prompts": prompts, "max_length": 48}}
+    judged = common | {"stage": "eval", "data": {"prompts": prompts, "max_length": 48}, "rewards": rewards,
+                       "against": [str(base)]}  # fmt: skip
+    for number in (0, 1):
+        stand_in.knows(mixed(3, number), range(0, 12))
+    for stage, content in (("sample", sampled), ("eval", judged)):
+        rows = []
+        for name, more in (("here", {}), ("there", by(stand_in))):
+            out = tmp_path / f"{stage}-{name}"
+            made = w.merged(content, more, {"output_dir": str(out)})
+            outcome = run_cli(stage, w.save(made, out.with_suffix(".yaml")))
+            assert outcome.code == 0, outcome.err
+            rows.append([{k: v for k, v in row.items() if k != "by"} for row in w.lines(out / "data.jsonl")])
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == (12 if stage == "sample" else 24)
+        assert stand_in.loaded == {}
+    assert "server" not in json.dumps(w.lines(tmp_path / "sample-there" / "data.jsonl"))
+    assert {b["model"] == stand_in.root for b in stand_in.bodies} == {True, False}  # the base, and the adapter on it
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"rollout": {"server": None}}, "rollout.server is not given"),
+        ({"rollout": {"server": "127.0.0.1:8000"}}, "this is no address of a server"),
+        ({"rollout": {"server": "http://127.0.0.1:65536"}}, "this is no address of a server"),
+        ({"rollout": {"server": "http://me:secret@host:1/v1"}}, "this is no address of a server"),
+        ({"rollout": {"min_new_tokens": 2}}, "rollout.min_new_tokens must not: use own or generate"),
+        ({"rollout": {"engine": "own"}}, "server is only read with engine: vllm, and engine is own"),
+        ({"rollout": {"engine": "own", "server": None, "sleep": True}}, "sleep is only read with engine: vllm"),
+        ({"lora": None}, "lora is null: add `lora: {}`, or use engine own"),
+        ({"lora": {"use_dora": True}}, "knows no lora.use_dora"),
+        ({"lora": {"r": 513}}, "lora.r = 513 is more than rollout.engine vllm takes, 512"),
+        ({"ppo": {"importance_correction": {"cap": 0.5}}}, "ppo.importance_correction.cap"),
+    ],
+)
+def test_recipes_that_cannot_be(
+    toy: Callable[..., dict[str, Any]],
+    world: Path,
+    tmp_path: Path,
+    more: dict[str, Any],
+    words: str,
+) -> None:
+    content = w.merged(ppo(toy, world, "x", rollout={"engine": "vllm", "server": "http://127.0.0.1:9"}), more)
+    if more.get("lora", 0) is None:
+        content["lora"] = None
+    outcome = run_cli("ppo", w.save(content, tmp_path / "r.yaml"))
+    assert (outcome.code, len(outcome.errors)) == (2, 1), outcome.err
+    assert words in outcome.errors[0]
+    assert "r.yaml:" in outcome.errors[0]
