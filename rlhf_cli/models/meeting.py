@@ -24,7 +24,7 @@ def agree(store: Store, place: Place, seconds: float) -> str:
     """The name of this attempt, the same on every process that takes part in it.
 
     Every process but the first leaves a word that was never used, and waits for an answer to it; the first one answers
-    every word it finds, also old ones, until all have said that they heard. Raises ModelError when not all come in time.
+    every word it finds, also old ones, until all have said that they heard. Raises ModelError when some do not come.
     """
     deadline = time.monotonic() + seconds
     return _invite(store, place, deadline) if place.first else _join(store, place, deadline)
