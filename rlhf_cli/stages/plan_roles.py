@@ -120,12 +120,12 @@ def _trained(recipe: Recipe, outline: Base, use: Use) -> list[nn.Parameter]:
     if isinstance(recipe, PPORecipe) and recipe.critic.shared and ESTIMATORS[recipe.ppo.advantage.name].critic:
         outputs = 2 if recipe.ppo.lagrange is not None else 1
     hidden = outline.model.config.get_text_config().hidden_size
-    return found + _head(outputs, hidden)
+    return found + _head(outputs, hidden, bias=use.outputs != 1)
 
 
-def _head(outputs: int, hidden: int) -> list[nn.Parameter]:
-    """Matrix and bias of a head; nothing for no outputs."""
-    return list(nn.Linear(hidden, outputs, device="meta").parameters()) if outputs else []
+def _head(outputs: int, hidden: int, *, bias: bool = True) -> list[nn.Parameter]:
+    """Matrix and bias of a head (models/build.py: a reward model's has none); nothing for no outputs."""
+    return list(nn.Linear(hidden, outputs, bias=bias, device="meta").parameters()) if outputs else []
 
 
 def _reference(recipe: Recipe, text: Text, outline: Base, own: int, cut: int) -> Iterator[Part]:

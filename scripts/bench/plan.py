@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="parts of the names of recipes; none: all")
     parser.add_argument("--out", type=Path, help="a folder for models, rows and runs; none: a temporary one")
-    parser.add_argument("--repeats", type=int, default=1, help="not read: a peak does not vary by chance")
+    parser.add_argument("--repeats", type=int, default=1, help="not read: each is measured once")
     asked = parser.parse_args()
     print("| recipe | model | idle MiB | foretold MiB | measured MiB | off by % (above idle) | where |")
     print("|---|---|---|---|---|---|---|")

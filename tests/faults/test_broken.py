@@ -160,7 +160,7 @@ def test_files_may_not_grow(folder: Path, launcher: Launcher, recipe: Path, whol
     """As on a small full disk: logs fit and a checkpoint does not. With room again, the run starts over and equals."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    attempt = launcher.start("sft", recipe, run, each=folder / "rows", parts=(), limits={"FSIZE": 3000})
+    attempt = launcher.start("sft", recipe, run, each=folder / "rows", parts=(), limits={"FSIZE": 6000})
     (line,) = said_errors(attempt.said)
     assert attempt.code == 4
     assert "checkpoint step-000002 could not be saved: File too large (there is no whole checkpoint yet; " in line

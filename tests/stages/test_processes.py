@@ -89,8 +89,8 @@ def test_two_processes_equal_one(
     rows = w.lines(tmp_path / "sft" / "metrics.jsonl")
     trained = sum(tensor.numel() for tensor in load_file(tmp_path / "sft" / "final" / "model.safetensors").values())
     assert rows[-1]["distributed/gradient_bytes"] == 4 * trained
-    for name in ("sft", "dpo", "ppo"):
-        path = w.save(recipes[name], tmp_path / f"plan-{name}.yaml")
+    for name, content in recipes.items():
+        path = w.save(content, tmp_path / f"plan-{name}.yaml")
         told = json.loads(run_cli("plan", path, "--no-time", "--json", "--world-size", 2).out)["communication"]
         assert w.lines(tmp_path / name / "metrics.jsonl")[-1]["distributed/gradient_bytes"] == told["handed"], name
     errors = [text for text in said.splitlines() if text.startswith("error: ")]

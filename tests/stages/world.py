@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes; of a card, what it says of any run that trains the same."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     if folder.name == "final" and "README.md" in found:
-        found["README.md"] = said(found["README.md"].decode(), folder.parent)
+        found["README.md"] = said(found["README.md"].decode())
     return found
 
 
-def said(card: str, run: Path) -> bytes:
-    """A card without the name of its run and the settings that do not matter."""
+def said(card: str) -> bytes:
+    """A card without the settings that do not matter and the name that its run had when it was written."""
+    named = re.search(r'^path = "(.*)/final"$', card, re.MULTILINE)
+    assert named is not None, card
+    run = Path(named[1])
     plain = card.replace(str(run), "RUN").replace(f"# {run.name}\n", "# RUN\n").partition("## Recipe")[0]
     return plain.encode()
 
