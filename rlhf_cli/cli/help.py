@@ -57,9 +57,8 @@ class Group(_Examples, TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         names = [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
-        room = formatter.width - 6 - max(map(len, names))
         for title in (_BEGIN, _TRAIN, _DATA, _LOOK, _TOLD):
-            rows = [(n, self.commands[n].get_short_help_str(room)) for n in names if _GROUPS[n] == title]
+            rows = [(n, self.commands[n].get_short_help_str(200)) for n in names if _GROUPS[n] == title]
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(max(map(len, names))), words) for name, words in rows])
 
