@@ -18,6 +18,10 @@ NAMED = 50
 """How many places are listed for each reason; the counts are always exact."""
 
 
+MUCH = 0.1
+"""Share of the examples of a source that nobody leaves out unawares."""
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why rows were left out."""
@@ -73,6 +77,16 @@ class SourceReport:
         if self.unused:
             text += f", columns not used: {', '.join(self.unused)}"
         return "; ".join([text, *(f"dropped, {reason}" for reason in self.dropped)])
+
+    def warning(self) -> str | None:
+        """A sentence when much of it is left out for its length."""
+        lost = 1.0 - self.kept / max(self.examples, 1)
+        if lost <= MUCH or not self.examples:
+            return None
+        return (
+            f"{self.split} {self.path}: {100 * lost:.0f} % of the examples are longer than max_length and left out "
+            "(raise data.max_length, or set data.truncation)"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,7 @@ class DataReport:
         found = list(self.warnings)
         if self.duplicates is not None:
             found.append(f"eval prompts that are also train prompts (kept), {self.duplicates}")
+        found += [line for source in self.sources if (line := source.warning()) is not None]
         found += [str(lint) for lint in self.lints]
         for report in self.tokens:
             if report.ended is not None and report.ended < 0.5:

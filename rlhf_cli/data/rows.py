@@ -208,7 +208,8 @@ def alpaca_messages(row: Row) -> tuple[Message, ...]:
     """System, earlier turns (`history`, pairs of user and assistant) and the instruction with its input below it."""
     system, extra = optional_text(row, "system"), optional_text(row, "input")
     found = [Message("system", system)] if system else []
-    for pair in row.get("history") or []:
+    turns_ = row.get("history") or []
+    for pair in turns_ if isinstance(turns_, list) else [None]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
             raise BadRow("'history' is not a list of [user, assistant] pairs")
         sound("".join(pair), "'history'")

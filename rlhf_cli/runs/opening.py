@@ -28,6 +28,10 @@ class Model:
     """Of the classes of steps."""
     tokens: tuple[str, str] | None = None
     """Of a process model that answers with two tokens of the vocabulary: right and wrong."""
+    quantization: str = "none"
+    """Of the base that an adapter was trained on."""
+    dtype: str = "bfloat16"
+    """In which a quantised base computes."""
 
 
 def of_folder(folder: Path, path: str, run: dict[str, Any], end: str, pad: int | None) -> Model:
@@ -42,12 +46,16 @@ def of_folder(folder: Path, path: str, run: dict[str, Any], end: str, pad: int |
     """
     statistics, tokens = folder / "reward.json", None
     labels = json.loads(statistics.read_text()).get("classes", []) if statistics.is_file() else []
-    objective = (run.get("recipe") or {}).get("objective") or {}
+    recipe = run.get("recipe") or {}
+    objective, settings = recipe.get("objective") or {}, recipe.get("model") or {}
+    adapter = (folder / "adapter_config.json").is_file()
     if objective.get("name") == "two_token":
         tokens = (str(objective["good"]), str(objective["bad"]))
     return Model(
-        path, run.get("role", "policy"), (folder / "adapter_config.json").is_file(),
+        path, run.get("role", "policy"), adapter,
         chat=_has_template(folder), end=end, pad=pad, labels=tuple(labels), tokens=tokens,
+        quantization=str(settings.get("quantization", "none")) if adapter else "none",
+        dtype=str(settings.get("dtype", "auto")).replace("auto", "bfloat16"),
     )  # fmt: skip
 
 
@@ -74,14 +82,29 @@ def _text(value: str) -> str:
 
 def _head(model: Model, task: str, more: str = "") -> str:
     package, kind = ("peft", f"AutoPeftModelFor{task}") if model.adapter else ("transformers", f"AutoModelFor{task}")
+    names, quantised = ["AutoTokenizer"], ""
+    if model.quantization != "none":
+        names.append("BitsAndBytesConfig")
+        more += f", dtype=torch.{model.dtype}, quantization_config=quantised"
+        quantised = f"quantised = BitsAndBytesConfig({_bits(model)})  # as the adapter was trained\n"
     imports = (
-        f"from peft import {kind}\nfrom transformers import AutoTokenizer"
+        f"from peft import {kind}\nfrom transformers import {', '.join(names)}"
         if package == "peft"
-        else f"from transformers import {kind}, AutoTokenizer"
+        else f"from transformers import {', '.join([kind, *names])}"
     )
     return (
-        f"import torch\n{imports}\n\npath = {_text(model.path)}\n"
+        f"import torch\n{imports}\n\npath = {_text(model.path)}\n{quantised}"
         f"model = {kind}.from_pretrained(path{more}).eval()\ntokenizer = AutoTokenizer.from_pretrained(path)\n\n"
+    )
+
+
+def _bits(model: Model) -> str:
+    """How models/quantised.py quantises, as arguments."""
+    if model.quantization == "int8":
+        return "load_in_8bit=True"
+    return (
+        f'\n    load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant=True,\n'
+        f"    bnb_4bit_compute_dtype=torch.{model.dtype},\n"
     )
 
 

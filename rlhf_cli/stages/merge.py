@@ -34,6 +34,10 @@ def run(name: str, folder: str, weights: Weights, dtype: Dtype, display: Display
     merged = merge(text, weights, dtype)
     for line in told(merged):
         display.note(line)
+    if weights == "original" and quantisation_of(text) != "none":
+        display.note(
+            f"the run was trained on {quantisation_of(text)} weights: --weights trained answers as the run does"
+        )
     draft = temporary(out)
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +57,12 @@ def run(name: str, folder: str, weights: Weights, dtype: Dtype, display: Display
     finally:
         remove_quietly(draft)
     display.note(f"{out}: opened again, it answers the same (largest difference {gap:.1e})")
+
+
+def quantisation_of(text: Text) -> str:
+    """Of the weights that a run was trained on."""
+    recipe = (text.path.run or {}).get("recipe") or {}
+    return str((recipe.get("model") or {}).get("quantization", "none"))
 
 
 def told(merged: Merged) -> list[str]:

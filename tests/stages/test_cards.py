@@ -42,9 +42,9 @@ def executed(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str
     return left, capsys.readouterr().out.strip()
 
 
-def our_score(run: Path, question: str, answer: str) -> float:
+def our_score(run: Path, question: str, answer: str, quantization: Any = "none") -> float:
     """What the run itself thinks of an answer."""
-    settings = ModelSettings(name_or_path=str(run))
+    settings = ModelSettings(name_or_path=str(run), quantization=quantization)
     text = load_text(settings, "reward")
     role = frozen_role("reward", settings, text, None)
     prompt = (Message("user", question),)
@@ -80,6 +80,22 @@ def test_a_reward_model_scores_as_its_card_says(rm: Path, tmp_path: Path, capsys
     assert f"`{rm}`: `rlhf train-rm`" in body
     _, said = executed(tmp_path / "merged", capsys)
     assert float(said) == pytest.approx(known, abs=1e-3)
+
+
+def test_an_adapter_on_4_bits_is_opened_on_4_bits(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bitsandbytes.nn.modules.has_avx512bf16", lambda: False
+    )  # its layout fails on layers this small
+    run = train(toy("train-rm", "pairs", model={"quantization": "nf4"}))
+    _, said = executed(run / "final", capsys)
+    asked = (run, "Hello!", "Hi, how can I help?")
+    assert float(said) == pytest.approx(our_score(*asked, "nf4"), abs=1e-4)
+    assert float(said) != pytest.approx(our_score(*asked), abs=1e-3)
+    merged = quick("merge", run, "-o", tmp_path / "merged")
+    assert "trained on nf4 weights: --weights trained answers as the run does" in merged.err
+    assert "trained on nf4" not in quick("merge", run, "-o", tmp_path / "same", "--weights", "trained").err
 
 
 def test_a_process_model_judges_as_its_card_says(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
