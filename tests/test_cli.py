@@ -175,6 +175,11 @@ def test_check(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert sum(line.startswith("error: bad.yaml:") for line in lines) == 6
     assert lines[-1].startswith("error: none.yaml: no such recipe")
 
+    code, lines = run(capsys, "check", "r.yaml", "seed=x")
+    assert (code, len(lines)) == (2, 1)
+    assert "seed" in lines[0]
+    assert run(capsys, "check", "seed=1") == (2, ["error: rlhf check: no recipe is named (name it before the changes)"])
+
     def broken(recipe: Any) -> list[str]:
         raise DataError("cut line", "p.jsonl:7777")
 

@@ -12,7 +12,7 @@ from rlhf_cli.cli import complete, tools
 from rlhf_cli.cli.explain import explanation, on_terminal
 from rlhf_cli.cli.options import Bare, Debug, Quiet, RecipeFile, Sets, emit, one_of, say
 from rlhf_cli.cli.stages import line_of
-from rlhf_cli.errors import RlhfError
+from rlhf_cli.errors import RecipeError, RlhfError
 
 commands = typer.Typer()
 
@@ -30,9 +30,13 @@ def check(
     """Check recipes and their data; no model is loaded."""
     tools.watch_garbage()
     errors: list[RlhfError] = []
-    for path in recipes:
+    changes = [word for word in recipes if tools.is_change(word)]
+    paths = [word for word in recipes if word not in changes]
+    if not paths:
+        raise RecipeError("no recipe is named", "rlhf check", "name it before the changes")
+    for path in paths:
         try:
-            say(tools.check_one(path, sets or [], line_of(context)))
+            say(tools.check_one(path, [*changes, *(sets or [])], line_of(context)))
         except RlhfError as error:
             errors.append(error)
     if errors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,11 @@ def figures(path: Path) -> str:
 
 
 # --- check -----------------------------------------------------------------------------------------------
+
+
+def is_change(word: str) -> bool:
+    """Whether a word among recipes is an override, KEY.PATH=VALUE, and no file."""
+    return re.match(r"[\w.]+=", word) is not None and not Path(word).exists()
 
 
 def check_one(path: str, overrides: Sequence[str], command: str) -> str:

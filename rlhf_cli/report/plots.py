@@ -34,7 +34,7 @@ _SUBJECTS: tuple[tuple[str, str], ...] = (
     ("KL", r"(.*/)?kl(_.*)?|policy/approxkl"),
     ("Entropy", r"(.*/)?entropy"),
     ("Log-probabilities", r"logps/.*"),
-    ("Policy update", r"policy/.*"),
+    ("Policy update", r"policy/.*|val/ratio"),
     ("Critic", r"val/.*"),
     ("Completions", r"completions/.*"),
     ("Learning rate", r"(.*[/_])?learning_rate"),
@@ -153,7 +153,7 @@ def _draw(axes: Axes, members: Sequence[Curve], where: Axis) -> None:
         axes.plot(steps, finite, linewidth=1.5, linestyle=dash, label=curve.name, **style)  # type: ignore[arg-type]
         for step in curve.wild[:50]:
             axes.axvline(step, color=hue, linewidth=1, linestyle=":")
-    axes.legend(loc="best", frameon=False, fontsize=8.5, handlelength=1.6)
+    axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, handlelength=1.6)
 
 
 def moving(values: Sequence[float], width: int) -> list[float]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine
 
 
+STEADY = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules that do not depend on how long a run is to be."""
+
+
 def seed_generators(seed: int) -> None:
     """All generators that a checkpoint keeps: those of Python and numpy too, which a reward function may draw from."""
     random.seed(seed)
@@ -55,6 +59,7 @@ def save(engine: Engine, found: Gathered, sizes: dict[str, int] | None = None) -
     tensors, optimizers = found
     state: dict[str, Any] = {
         "step": engine.step,
+        "total_steps": engine.total_steps,
         "tokens": engine.tokens,
         "budget": engine.budget,
         "sizes": engine.run.sizes() if sizes is None else sizes,
@@ -100,6 +105,13 @@ def tidy(engine: Engine) -> None:
 def restore(engine: Engine, saved: checkpoint.Checkpoint) -> None:
     """Go on exactly where the checkpoint was written; metric lines after it are cut off."""
     load(engine, saved)
+    planned = saved.state.get("total_steps", engine.total_steps)  # absent in checkpoints of older versions
+    settings = engine.recipe.training
+    steady = settings.lr_scheduler in STEADY and not settings.warmup_ratio
+    if planned != engine.total_steps and not steady:
+        engine.display.warn(
+            f"the learning rate goes on as in a run of {engine.total_steps} steps; so far it was that of {planned}"
+        )
     for warning in engine.run.rewind(saved.state["sizes"]):
         engine.display.warn(warning)
     engine.display.note(f"resumed from {saved.path}")

@@ -126,3 +126,12 @@ def test_a_second_process_is_kept_out(finished: tuple[dict[str, Any], Path]) -> 
     assert (outcome.code, len(outcome.errors)) == (4, 1)
     assert "is working in this run directory" in outcome.errors[0]
     assert w.contents(run) == before
+
+
+def test_a_run_that_becomes_longer_says_what_its_learning_rate_does(toy: Toy) -> None:
+    for scheduler, told in (("cosine", True), ("constant", False)):
+        content = toy("sft", "chat", scheduler, training={"lr_scheduler": scheduler, "max_steps": 1})
+        out = train(content)
+        content["training"]["max_steps"] = 2
+        said = quick("sft", w.save(content, out.with_suffix(".yaml"))).err
+        assert ("goes on as in a run of 2 steps; so far it was that of 1" in said) == told, said
