@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rlhf_cli.catalog import Data
+from rlhf_cli.catalog import OBJECTIVES, Data
 from rlhf_cli.data import formats_ranked, formats_steps, rows
 from rlhf_cli.data.examples import Comparison, Demonstration, Message, Prompt, Rated, Verdict
 from rlhf_cli.data.grouping import one_task_a_prompt, pair_by_score, rank_by_score
@@ -222,7 +222,19 @@ def detect(names: Iterable[str], kind: Data, where: str) -> Format:
         )
     wanted = "; ".join(f"{f.name} ({' or '.join(', '.join(sorted(n)) for n in f.needs)})" for f in able(kind))
     raise DataError(f"no format that gives a {kind} fits the columns found: {listed}", where,
-                    f"map them with `columns: {{ours: yours}}` to one of: {wanted}")  # fmt: skip
+                    elsewhere(found) or f"map them with `columns: {{ours: yours}}` to one of: {wanted}")  # fmt: skip
+
+
+def elsewhere(found: set[str]) -> str:
+    """Which objectives read rows with these columns as they are, in words; empty when none does."""
+    fitting = [f for f in FORMATS.values() if f.match(found) is not None]
+    readers = [o for o in OBJECTIVES.values() if any(o.data in f.gives for f in fitting)]
+    if not readers:
+        return ""
+    named = ", ".join(o.name for o in readers[:4]) + (" and others" if len(readers) > 4 else "")
+    stages = " or ".join(dict.fromkeys(f"rlhf {o.stage}" for o in readers))
+    names = ", ".join(f.name for f in fitting)
+    return f"they are those of format {names}, for {stages} with objective {named}; or map them with `columns:`"
 
 
 def able(kind: Data) -> list[Format]:

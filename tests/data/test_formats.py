@@ -245,6 +245,8 @@ def test_no_format_fits() -> None:
         DataError, match=r"f: no format that gives a comparison fits the columns found: a, b \(map them"
     ):
         detect(["b", "a"], "comparison", "f")
+    with pytest.raises(DataError, match=r"those of format messages, verdict, for .* objective cross_entropy, .*kto"):
+        detect(["messages", "label"], "comparison", "f")
 
 
 def test_several_formats_fit() -> None:
