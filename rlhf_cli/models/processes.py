@@ -159,7 +159,7 @@ def gather(thing: Any, doing: str) -> list[Any]:
     if count() == 1:
         return [thing]
     said = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8)
-    return [json.loads(bytes(part.tolist())) for part in _gathered(said, doing)]
+    return [json.loads(part.numpy().tobytes()) for part in _gathered(said, doing)]
 
 
 def gather_rows(rows: Tensor | None, doing: str) -> list[Tensor]:
