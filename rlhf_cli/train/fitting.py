@@ -7,10 +7,12 @@ says.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
 import torch
 
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models import checkpointing, memory, processes, sharding
 from rlhf_cli.models.checkpointing import Footprint
 from rlhf_cli.models.device import Tokens, micro_batch_range
@@ -116,5 +118,8 @@ def _resumed(run: Run) -> int | None:
     if run.status != "resume":
         return None
     folders = [run.resume_from] if run.resume_from else manifest.listed(run.checkpoints)
-    whole = next((folder for folder in folders if not manifest.fault(folder, content=False)), None)
-    return None if whole is None else int(read_json(whole / checkpoint.STATE)["budget"])
+    for folder in folders:
+        if not manifest.fault(folder, content=False):
+            with suppress(ModelError, KeyError, TypeError, ValueError):  # damaged: passed over when it is restored
+                return int(read_json(folder / checkpoint.STATE)["budget"])
+    return None

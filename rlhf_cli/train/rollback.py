@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models import processes
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.runs import manifest
@@ -28,9 +30,10 @@ def newest_where(
     of every file."""
     for path in manifest.listed(folder):
         if not manifest.fault(path, content=content):
-            saved = checkpoint.Checkpoint(path, read_json(path / checkpoint.STATE))
-            if good(saved.state):
-                return saved
+            with suppress(ModelError):  # damaged in a way that only its content shows
+                saved = checkpoint.Checkpoint(path, read_json(path / checkpoint.STATE))
+                if good(saved.state):
+                    return saved
     return None
 
 

@@ -40,6 +40,12 @@ def flip(name: str) -> Spoil:
     return spoil
 
 
+def no_json(folder: Path) -> None:
+    """state.json keeps its size."""
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(f"[{text[1:]}")
+
+
 def gone(name: str) -> Spoil:
     return lambda folder: (folder / name).unlink()
 
@@ -71,6 +77,7 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "manifest-of-another-step": (of_another_step, "manifest.json is of step-000002, format 1; wanted step-000004"),
     "weights-of-another-step": (swapped, "policy.safetensors has another SHA-256 than manifest.json says"),
     "extra-file": (lambda folder: (folder / "more.bin").touch(), "more.bin is not in manifest.json"),
+    "no-json": (no_json, "state.json has another SHA-256 than manifest.json says"),
     "link": (a_link, "state.json is not a plain file"),
     "empty": (emptied, "manifest.json is missing"),
 }
