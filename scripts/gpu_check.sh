@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only an NVIDIA GPU can show: the tests marked gpu, then the tiny chain in bfloat16, and DPO and PPO on an nf4 base.
+# What only an NVIDIA GPU can show: the tests marked gpu, then the tiny chain in bfloat16, DPO and PPO on an nf4 base, DPO
+# with compiled kernels and with attention in one kernel, and what each of those gains.
 #   make gpu-check            (or: scripts/gpu_check.sh [FOLDER FOR THE RUNS])
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,4 +32,7 @@ stage simpo simpo
 stage ppo ppo --max-steps 8
 stage dpo dpo-nf4
 stage ppo ppo-function --max-steps 8 --set model.quantization=nf4
+stage dpo dpo-lora --output-dir demo/dpo-compiled --set model.kernels=compiled
+stage dpo dpo-lora --output-dir demo/dpo-flex --set model.attn_implementation=flex_attention
+"$python" "$root/scripts/bench/levers.py"
 echo "gpu check passed; the runs are in $work/demo"

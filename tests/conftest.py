@@ -121,3 +121,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with one matrix for embedding and head."""
     return write_model(tmp_path_factory.mktemp("tiny") / "tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips where torch.compile cannot make a kernel for the CPU."""
+    import torch
+
+    from rlhf_cli.objectives import fused
+
+    why = fused.attempt(torch.device("cpu"))
+    if why is not None:
+        pytest.skip(f"nothing can be compiled here: {why}")

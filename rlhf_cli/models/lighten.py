@@ -24,17 +24,17 @@ ROTATE = "apply_rotary_pos_emb"
 
 
 def _norm_late(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = RMSNorm.apply(x, self.weight, self.variance_epsilon, True)
+    out: Tensor = RMSNorm.apply(x, self.weight, self.variance_epsilon, True, self.compiled)
     return out
 
 
 def _norm_from_one(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = RMSNorm.apply(x, 1.0 + self.weight.float(), self.eps, False)
+    out: Tensor = RMSNorm.apply(x, 1.0 + self.weight.float(), self.eps, False, self.compiled)
     return out
 
 
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
+    out: Tensor = self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x), self.compiled))
     return out
 
 
@@ -46,14 +46,14 @@ KINDS: tuple[tuple[str, Callable[[Any, Tensor], Tensor], tuple[str, ...]], ...] 
 """End of the class's name, the forward that may replace its own, and what that reads."""
 
 
-def lighten(model: nn.Module) -> dict[str, int]:
-    """Replace what can be replaced; how many of each class."""
+def lighten(model: nn.Module, *, compiled: bool = False) -> dict[str, int]:
+    """Replace what can be replaced; how many of each class. compiled: by layers whose element-wise chains are."""
     found: dict[type[nn.Module], type[nn.Module] | None] = {}
     count: dict[str, int] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in found:
-            found[kind] = _lighter(module)
+            found[kind] = _lighter(module, compiled)
         lighter = found[kind]
         if lighter is not None and not module._forward_hooks and not module._forward_pre_hooks:
             module.__class__ = lighter
@@ -61,15 +61,15 @@ def lighten(model: nn.Module) -> dict[str, int]:
     return count
 
 
-def _lighter(module: nn.Module) -> type[nn.Module] | None:
+def _lighter(module: nn.Module, compiled: bool) -> type[nn.Module] | None:
     """A subclass of the module's class that keeps less, when it computes the same."""
     kind = type(module)
     for end, forward, reads in KINDS:
         if kind.__name__.endswith(end) and all(hasattr(module, name) for name in reads):
-            lighter = _subclass(kind, forward)
+            lighter = _subclass(kind, forward, compiled=compiled)
             if _same(module, lighter):
                 return lighter
-    return _with_own_rotation(kind)
+    return _with_own_rotation(kind, compiled)
 
 
 def _subclass(kind: type[nn.Module], forward: Any, **more: Any) -> type[nn.Module]:
@@ -79,12 +79,12 @@ def _subclass(kind: type[nn.Module], forward: Any, **more: Any) -> type[nn.Modul
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
-def _with_own_rotation(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _with_own_rotation(kind: type[nn.Module], compiled: bool) -> type[nn.Module] | None:
     """An attention class whose forward is the same code, but for the function by which it rotates."""
     forward = kind.forward
     if not isinstance(forward, FunctionType) or ROTATE not in forward.__code__.co_names:
         return None
-    rotate = _lighter_rotation(forward.__globals__[ROTATE])
+    rotate = _lighter_rotation(forward.__globals__[ROTATE], compiled)
     if not _rotates_alike(rotate, forward.__globals__[ROTATE]):
         return None
     names = forward.__globals__ | {ROTATE: rotate}
@@ -93,7 +93,9 @@ def _with_own_rotation(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _subclass(kind, own)
 
 
-def _lighter_rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _lighter_rotation(
+    plain: Callable[..., tuple[Tensor, Tensor]], compiled: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that keeps less; calls of another kind go to the plain one."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,7 @@ def _lighter_rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[.
         if not usual or cos.dtype != q.dtype or cos.shape[-1] != q.shape[-1]:
             return plain(q, k, cos, sin, *more, **named)
         cos, sin = cos[:, None], sin[:, None]
-        return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+        return Rotary.apply(q, cos, sin, compiled), Rotary.apply(k, cos, sin, compiled)
 
     return rotate
 
@@ -218,7 +220,7 @@ def _adapts_alike(module: Any, lighter: type[nn.Module], name: str) -> bool:
 
 def _same(module: nn.Module, lighter: type[nn.Module]) -> bool:
     """Whether both give the same values and gradients on made-up numbers."""
-    weight = getattr(module, "weight", None)
+    kind, weight = type(module), getattr(module, "weight", None)
     width = int(module.gate_proj.in_features if weight is None else len(weight))  # type: ignore[union-attr, arg-type]
     like = next(iter(module.parameters()))
     dtype = like.dtype if like.is_floating_point() else torch.float32  # quantised weights are packed in integers
@@ -230,12 +232,13 @@ def _same(module: nn.Module, lighter: type[nn.Module]) -> bool:
             for tensor in tensors:
                 tensor.requires_grad_()
             said = []
-            for forward in (type(module).forward, lighter.forward):
-                out = forward(module, x)
+            for module.__class__ in (kind, lighter):
+                out = module(x)
                 said.append((out.detach(), *torch.autograd.grad(out, tensors, torch.cos(out.detach() * 3.0))))
     except (AttributeError, TypeError, RuntimeError):
         return False
     finally:
+        module.__class__ = kind
         for tensor, flag in zip(tensors, known, strict=True):
             tensor.requires_grad_(flag)
     return _agree(said, TOLERANCE if like.dtype == torch.float32 else COARSE)

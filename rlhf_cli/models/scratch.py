@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_cli.objectives.head import TILE
-from rlhf_cli.objectives.head_known import BLOCK, BLOCK_ELEMENTS, WIDTH
+from rlhf_cli.objectives.head_known import WIDTH, block
 from rlhf_cli.objectives.logprob import CHUNK_ELEMENTS, Statistics
 
 CHUNK_COPIES = 6
@@ -39,8 +39,7 @@ def head_bytes(use: HeadUse, scored: int, vocabulary: int, hidden: int, device: 
     wide = dtype == torch.float32
     copy = 0 if wide else dtype.itemsize if device == "cuda" else 4
     if use.known and use.trained and use.statistics in ("none", "entropy"):
-        height = min(max(BLOCK_ELEMENTS // vocabulary, BLOCK[0]), BLOCK[1])
-        rows = min(scored, height)
+        rows = min(scored, block(vocabulary, device))
         return rows * ((4 + copy) * vocabulary + 4 * min(WIDTH, vocabulary)) + copy * vocabulary * hidden
     height, width = TILE.get(device, TILE["cpu"])
     rows, columns = min(height, scored), min(width, vocabulary)

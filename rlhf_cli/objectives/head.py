@@ -14,11 +14,13 @@ T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf_cli.objectives.fused import Fused
 
 TILE = {"cpu": (512, 4096), "cuda": (2048, 8192)}
 """Rows and columns of a tile: 8 MiB in float32, which a cache holds; on a GPU 64 MiB, which keeps it busy."""
@@ -35,6 +37,8 @@ class Head:
     cap: float | None = None
     dtype: torch.dtype = torch.float32
     """What hidden states and weights are rounded to before they meet; products are summed in float32."""
+    compiled: bool = False
+    """Whether what happens to a tile between its products is compiled into one pass (objectives/fused.py)."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden (C, H) -> logits (C, V) in its own dtype, by plain operations with gradient."""
@@ -62,15 +66,26 @@ class Head:
     def logits(self, hidden: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
         """hidden (R, H), an operand -> float32 logits of some columns (R, C), and the slope of the cap."""
         logits = product(hidden, self.columns(at).T)
-        if self.bias is not None:
-            logits += self.bias[at]
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.cap is None:
+        if (self.bias, self.scale, self.cap) == (None, 1.0, None):
             return logits, None
-        bent = logits.div_(self.cap).tanh_()
-        slope = 1.0 - bent * bent
-        return bent.mul_(self.cap), slope
+        bias = None if self.bias is None else self.bias[at].detach()
+        return _BEND.by(self.compiled)(logits, bias, self.scale, self.cap)
+
+
+def _bend(logits: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Products (R, C), overwritten, -> logits, and the slope of the cap."""
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if cap is None:
+        return logits, None
+    bent = logits.div_(cap).tanh_()
+    slope = 1.0 - bent * bent
+    return bent.mul_(cap), slope
+
+
+_BEND = Fused(_bend)
 
 
 class HeadLogp(NamedTuple):
@@ -87,14 +102,10 @@ def head_logp(hidden: Tensor, head: Head, ids: Tensor, temperature: float = 1.0,
     in the backward pass, which therefore runs once. watch: `entropy` in nats; `bonus`, the same with gradient; or
     `collision`, the log of the sum of the squared probabilities.
     """
-    hot = Head(head.weight, head.bias, head.scale / temperature, _over(head.cap, temperature), head.dtype)
+    hot = replace(head, scale=head.scale / temperature, cap=None if head.cap is None else head.cap / temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         logp, watched = _HeadLogp.apply(hidden, hot, ids, watch)
     return HeadLogp(logp, watched)
-
-
-def _over(cap: float | None, temperature: float) -> float | None:
-    return None if cap is None else cap / temperature
 
 
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,29 +149,21 @@ class _HeadLogp(torch.autograd.Function):
 class _Sums:
     """Sums over the columns seen so far, of T tokens, weighed with e^x: x is the logit less the largest so far."""
 
-    def __init__(self, rows: Tensor, watch: Watch, *, slopes: bool) -> None:
+    def __init__(self, rows: Tensor, watch: Watch, *, slopes: bool, compiled: bool) -> None:
         self.top, self.mass, self.moment = rows.new_zeros((3, len(rows)), dtype=torch.float32)  # (T,) each
         self.top.fill_(torch.finfo(torch.float32).min)
         self.watch: Watch = watch
+        self.absorb = _ABSORB.by(compiled)
         count = (1 + (watch == "bonus")) if slopes else 0
         self.weights = [torch.zeros_like(rows, dtype=torch.float32) for _ in range(count)]
         """Of the columns' weights, and of x times them: (T, H)."""
 
     def add(self, r: slice, logits: Tensor, bent: Tensor | None, columns: Tensor) -> None:
         """A tile: logits (R, C), overwritten; slopes of the cap (R, C); weights of the columns (C, H)."""
-        peak = torch.maximum(self.top[r], logits.amax(1))
-        sink = self.top[r] - peak
-        shrink = sink.exp()
-        logits -= peak[:, None]
-        tilted = logits.clone() if self.watch in ("entropy", "bonus") else None
-        each = logits.exp_()
-        if tilted is not None:
-            tilted *= each
-            self.moment[r] = (self.moment[r] + sink * self.mass[r]) * shrink + tilted.sum(1)
-        elif self.watch == "collision":
-            self.moment[r] = self.moment[r] * shrink**2 + torch.einsum("rc,rc->r", each, each)
-        self.mass[r] = self.mass[r] * shrink + each.sum(1)
-        self.top[r] = peak
+        before = self.top[r], self.mass[r], self.moment[r]
+        tilted, sink, peak, mass, moment = self.absorb(logits, *before, self.watch)
+        self.top[r], self.mass[r], self.moment[r] = peak, mass, moment
+        each, shrink = logits, sink.exp()
         if len(self.weights) == 2 and tilted is not None:
             self._weigh(1, r, tilted, bent, columns, self.weights[0][r] * sink[:, None], shrink)
         if self.weights:
@@ -189,19 +192,41 @@ class _Sums:
         return self.mass.log() - self.moment / self.mass
 
 
+def _absorb(
+    logits: Tensor, top: Tensor, mass: Tensor, moment: Tensor, watch: Watch
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """A tile of logits (R, C), which become e^x, and the sums so far (R,) -> x e^x (R, C) where it is watched, how far
+    the largest so far lies below the new one, that, and the new sums (R,)."""
+    peak = torch.maximum(top, logits.amax(1))
+    sink = top - peak
+    shrink = sink.exp()
+    logits -= peak[:, None]
+    tilted = logits.clone() if watch in ("entropy", "bonus") else None
+    each = logits.exp_()
+    if tilted is not None:
+        tilted *= each
+        moment = (moment + sink * mass) * shrink + tilted.sum(1)
+    elif watch == "collision":
+        moment = moment * shrink**2 + torch.einsum("rc,rc->r", each, each)
+    return tilted, sink, peak, mass * shrink + each.sum(1), moment
+
+
+_ABSORB = Fused(_absorb)
+
+
 def _forward(
     rows: Tensor, head: Head, ids: Tensor, watch: Watch, *, slopes: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """rows (T, H), an operand -> logp (T,), largest logit and sum of e^(logit - largest) (2, T), watched (T,), and the
     slopes d logp / d row and, for the bonus, d entropy / d row (T, H)."""
-    sums = _Sums(rows, watch, slopes=slopes)
+    sums = _Sums(rows, watch, slopes=slopes, compiled=head.compiled)
     token, bend = torch.zeros_like(sums.top), torch.ones_like(sums.top)
     for r, c in head.tiles(len(ids)):
         logits, bent = head.logits(rows[r], c)
         hit, own = _inside(ids[r], c)
-        token[r][hit] = logits[hit, own]
+        token[r] = torch.where(hit, logits.gather(1, own)[:, 0], token[r])
         if bent is not None:
-            bend[r][hit] = bent[hit, own]
+            bend[r] = torch.where(hit, bent.gather(1, own)[:, 0], bend[r])
         sums.add(r, logits, bent, head.columns(c))
         del logits, bent  # before the next tile is formed
     spread, watched = sums.mass.log(), sums.watched()
@@ -215,9 +240,10 @@ def _forward(
 
 
 def _inside(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which tokens lie among these columns, and where."""
-    hit = ((ids >= columns.start) & (ids < columns.stop)).nonzero().squeeze(1)
-    return hit, ids[hit] - columns.start
+    """Which tokens (R,) lie among these columns, and where (R, 1): without a count, which would wait for a GPU."""
+    own = ids - columns.start
+    width = columns.stop - columns.start
+    return (own >= 0) & (own < width), own.clamp(0, width - 1)[:, None]
 
 
 def _backward(
@@ -228,28 +254,49 @@ def _backward(
     rows = operand(hidden, head.dtype)
     share = -upstream / mass[1]
     found = torch.zeros_like(rows, dtype=torch.float32)
+    by_each, by_both = _BY_EACH.by(head.compiled), _BY_BOTH.by(head.compiled)
+    finish = FINISH.by(head.compiled)
     prepare_gradients(head)
     for r, c in head.tiles(len(ids)):
         logits, bent = head.logits(rows[r], c)
-        logits -= mass[0, r][:, None]
-        if bonus is None:
-            by_logit = logits.exp_().mul_(share[r][:, None])
-        else:
-            by_entropy, entropy = bonus[0][r], bonus[1][r]
-            lift = (upstream[r] + by_entropy * (entropy - mass[1, r].log()))[:, None] + by_entropy[:, None] * logits
-            by_logit = logits.exp_().mul_(lift).div_(-mass[1, r][:, None])
-            del lift
         hit, own = _inside(ids[r], c)
-        by_logit[hit, own] += upstream[r][hit]
-        if bent is not None:
-            by_logit *= bent
-        if head.scale != 1.0:
-            by_logit *= head.scale
-        factor = by_logit.to(rows.dtype)
+        by_token = torch.where(hit, upstream[r], 0.0)[:, None]
+        if bonus is None:
+            by_logit = by_each(logits, mass[0, r], share[r])
+        else:
+            lift = upstream[r] + bonus[0][r] * (bonus[1][r] - mass[1, r].log())
+            by_logit = by_both(logits, mass[0, r], -mass[1, r], lift, bonus[0][r])
+        by_logit.scatter_add_(1, own, by_token)
+        factor = finish(by_logit, bent, head.scale, rows.dtype)
         found[r] += product(factor, head.columns(c))
         add_gradient(head, c, factor, by_logit, rows[r])
         del logits, bent, by_logit, factor
     return found.to(hidden.dtype)
+
+
+def _by_each(logits: Tensor, top: Tensor, share: Tensor) -> Tensor:
+    """Logits (R, C), overwritten by e^(logit - top) share; top and share (R,)."""
+    logits -= top[:, None]
+    return logits.exp_().mul_(share[:, None])
+
+
+def _by_both(logits: Tensor, top: Tensor, mass: Tensor, lift: Tensor, by_entropy: Tensor) -> Tensor:
+    """Logits (R, C), overwritten: with x = logit - top, e^x (lift + by_entropy x) / mass; all others (R,)."""
+    logits -= top[:, None]
+    total = lift[:, None] + by_entropy[:, None] * logits
+    return logits.exp_().mul_(total).div_(mass[:, None])
+
+
+def _finish(by_logit: Tensor, bent: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """The gradient by the logits (R, C) becomes, in place, that by the products, and returns rounded as an operand."""
+    if bent is not None:
+        by_logit *= bent
+    if scale != 1.0:
+        by_logit *= scale
+    return by_logit.to(dtype)
+
+
+_BY_EACH, _BY_BOTH, FINISH = Fused(_by_each), Fused(_by_both), Fused(_finish)
 
 
 def prepare_gradients(head: Head) -> None:

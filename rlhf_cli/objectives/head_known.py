@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.head import Head, HeadLogp, add_gradient, operand, prepare_gradients, product
+from rlhf_cli.objectives.fused import Fused
+from rlhf_cli.objectives.head import FINISH, Head, HeadLogp, add_gradient, operand, prepare_gradients, product
 
-BLOCK_ELEMENTS = 2**23
-"""Logits of a block (32 MiB in float32)."""
+BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits of a block: 32 MiB in float32; on a GPU 256 MiB, as each block reads the head and adds to all its gradient."""
 BLOCK = (64, 1024)
 """Fewest and most rows of a block."""
 WIDTH = 4096
@@ -61,31 +62,36 @@ def _pass(rows: Tensor, head: Head, ids: Tensor, upstream: float) -> tuple[Tenso
     prepare_gradients(head)
     logp, entropy = rows.new_empty((2, count), dtype=torch.float32)
     found = torch.empty_like(rows, dtype=torch.float32)
-    height = min(max(BLOCK_ELEMENTS // vocabulary, BLOCK[0]), BLOCK[1])
+    finish = FINISH.by(head.compiled)
+    exponentiate = _EXPONENTIATE.by(head.compiled)
+    height = block(vocabulary, rows.device.type)
     for first in range(0, count, height):
         r = slice(first, min(first + height, count))
         logits, bent = head.logits(rows[r], slice(0, vocabulary))  # (R, V)
-        token = ids[r, None]
-        logits -= logits.amax(1, keepdim=True)
-        own = logits.gather(1, token)[:, 0]
-        mass, moment = _exponentiate(logits)
+        token = ids[r]
+        own, mass, moment = exponentiate(logits, token)
         logp[r] = own - mass.log()
         entropy[r] = mass.log() - moment / mass
         by_logit = logits.mul_((-upstream / mass)[:, None])
-        by_logit.scatter_add_(1, token, torch.full_like(token, upstream, dtype=torch.float32))
-        if bent is not None:
-            by_logit *= bent
-        if head.scale != 1.0:
-            by_logit *= head.scale
-        factor = by_logit.to(rows.dtype)
+        by_logit.scatter_add_(1, token[:, None], torch.full_like(own, upstream)[:, None])
+        factor = finish(by_logit, bent, head.scale, rows.dtype)
         found[r] = product(factor, head.columns(slice(0, vocabulary)))
         add_gradient(head, slice(0, vocabulary), factor, by_logit, rows[r])
         del logits, bent, by_logit, factor  # before the next block is formed
     return logp, entropy, found
 
 
-def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (R, V) become e^logits; the sums over V of that and of that times the logit: (R,) each."""
+def block(vocabulary: int, device: str) -> int:
+    """Rows of a block."""
+    elements, (fewest, most) = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]), BLOCK
+    return min(max(elements // vocabulary, fewest), most)
+
+
+def _exponentiate(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (R, V) become e^x, x the logit less the largest of its row -> x of the token, the sums over V of
+    e^x and of x e^x: (R,) each."""
+    logits -= logits.amax(1, keepdim=True)
+    own = logits.gather(1, token[:, None])[:, 0]
     mass, moment = logits.new_zeros((2, len(logits)))
     for tile in logits.split(WIDTH, dim=1):
         each = tile.exp()
@@ -93,4 +99,15 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
         moment += torch.einsum("rc,rc->r", each, tile)
         tile.copy_(each)
         del each
-    return mass, moment
+    return own, mass, moment
+
+
+def _at_once(logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_exponentiate`, all columns in one go."""
+    x = logits - logits.amax(1, keepdim=True)
+    each = x.exp()
+    logits.copy_(each)
+    return x.gather(1, token[:, None])[:, 0], each.sum(1), (each * x).sum(1)
+
+
+_EXPONENTIATE = Fused(_exponentiate, _at_once)

@@ -36,13 +36,19 @@ def numbers(base: Any, *, train: bool) -> tuple[Tensor, dict[str, Tensor]]:
     return logp.detach(), found
 
 
-@pytest.mark.parametrize("name", REPLACED)
-def test_lighter_layers_give_the_same_numbers(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [(name, False) for name in REPLACED] + [(name, True) for name in ("llama", "gemma3-window-32", "cohere")],
+)
+def test_lighter_layers_give_the_same_numbers(name: str, compiled: bool, request: pytest.FixtureRequest) -> None:
+    if compiled:
+        request.getfixturevalue("compiler")
     base = make_base(name)
     for parameter in base.model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     plain_logp, plain = numbers(base, train=True)
-    count = lighten(base.model)
+    count = lighten(base.model, compiled=compiled)
+    base.compiled = compiled
     replaced = tuple(sum(n for kind, n in count.items() if kind.endswith(end)) for end in ("Norm", "MLP", "Attention"))
     assert (replaced, sum(count.values())) == (REPLACED[name], sum(replaced)), count
     logp, found = numbers(base, train=True)

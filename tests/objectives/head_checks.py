@@ -189,7 +189,7 @@ def check_head_plainly(m: Any) -> None:
 MODULE = head
 CHECKS: list[Check] = checks_of(globals())
 CLASSICAL = [
-    ("head: a sum not rescaled", check_head_values_and_gradients, "self.mass[r] * shrink +", "self.mass[r] +"),
+    ("head: a sum not rescaled", check_head_values_and_gradients, "mass * shrink + each", "mass + each"),
     ("head: a gradient not rescaled", check_head_values_and_gradients, "+ more) * shrink[:, None]", "+ more)"),
     ("head: temperature not in the cap", check_head_values_and_gradients, "cap / temperature", "cap"),
     ("head: slope of the cap forgotten", check_head_values_and_gradients, "by_logit *= bent", "pass"),
@@ -197,6 +197,10 @@ CLASSICAL = [
     ("head: in half precision", check_head_upcasts, "else rounded.float()", "else rounded"),
 ]  # fmt: skip
 SURVIVORS: dict[str, str] = {
+    "logits: comparison: (self.bias, self.scale, self.cap) == (None, 1.0, None) "
+    "-> (self.bias, self.scale, self.cap) != (None, 1.0, None)": "nothing to do is nothing done",
+    "logits: constant: 1.0 -> 1.25": "the same",
+    "logits: dropped: self.bias[at].detach() -> _same(self.bias[at])": "gradients are formed by hand",
     "_forward: name: torch.zeros_like(sums.top) -> torch.ones_like(sums.top)": "every token lies in some tile",
     ("__init__: name: rows.new_zeros((3, len(rows)), dtype=torch.float32) "
      "-> rows.new_ones((3, len(rows)), dtype=torch.float32)"): "shrunk to nothing by the first tile",

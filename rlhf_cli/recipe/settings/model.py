@@ -36,11 +36,13 @@ class ModelSettings(Checked):
     Trained weights are always kept in float32."""
     quantization: Quantization = "none"
     """Quantise the frozen base with bitsandbytes; needs `lora`."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """`auto` computes attention segment by segment (packing, shared prompts) where the architecture allows it."""
-    kernels: Literal["auto", "reference"] = "auto"
-    """auto: layers that keep less for the backward pass, where they agree with the architecture's own; reference: the
-    architecture's own."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """`auto` computes attention segment by segment (packing, shared prompts) where the architecture allows it;
+    flex_attention: the same, all segments of a row in one compiled kernel, on a GPU."""
+    kernels: Literal["auto", "compiled", "reference"] = "auto"
+    """auto: layers that keep less for the backward pass, where they agree with the architecture's own; compiled: the
+    same, their element-wise operations and those over the vocabulary compiled into single passes (torch.compile; needs
+    Triton on a GPU, a C++ compiler on a CPU, and a minute before the first step); reference: the architecture's own."""
     chat_template: str | None = None
     """A file with a Jinja template, or the template itself; default: the tokenizer's."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -65,3 +67,8 @@ class LoraSettings(Settings):
     """Weight-decomposed LoRA (arXiv:2402.09353)."""
     use_rslora: bool = False
     """Rank-stabilised scale (arXiv:2312.03732)."""
+
+    @property
+    def kind(self) -> str:
+        """What such an adapter is called."""
+        return "DoRA" if self.use_dora else "LoRA"
