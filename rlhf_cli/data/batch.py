@@ -53,6 +53,8 @@ class Batch:
     where: tuple[str, ...]
     """Source of each of the B examples."""
     packed: bool
+    dealt: bool = False
+    """Whether the tokens of the row are shared out to the processes of a group (models/sequence.py)."""
 
     @property
     def targets(self) -> Tensor:

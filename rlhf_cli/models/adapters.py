@@ -110,10 +110,11 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
     config.modules_to_save = None
     config.task_type = None
     try:
-        if base.peft is None:
-            base.peft = load_peft().get_peft_model(base.model, config, adapter_name=name)
-        else:
-            base.peft.add_adapter(name, config)
+        with sharding.as_plain(base):
+            if base.peft is None:
+                base.peft = load_peft().get_peft_model(base.model, config, adapter_name=name)
+            else:
+                base.peft.add_adapter(name, config)
     except (ValueError, TypeError, KeyError, RuntimeError, re.error) as error:
         if tensors is not None:
             message = f"the adapter does not fit the base {base.source}: {_first_line(error)}"

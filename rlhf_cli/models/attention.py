@@ -1,7 +1,8 @@
 """Attention over segments: each attends to itself causally and to its parent whole, and to nothing else.
 
 Registered with transformers under the name `rlhf_segments`. A forward that passes `segments=` computes one SDPA call a
-segment, so no (L x L) mask exists; any other forward (padded rows, decoding with a cache) is transformers' own SDPA.
+segment, or all in one kernel (models/flex.py), so no (L x L) mask exists; any other forward (padded rows, decoding with
+a cache) is transformers' own SDPA.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_cli.data.batch import Batch
+from rlhf_cli.models import flex, sequence
 
 NAME = "rlhf_segments"
 
@@ -42,7 +44,7 @@ class Segments:
         return self.bands[which]
 
 
-def plan(batch: Batch) -> Segments:
+def plan(batch: Batch, *, one_kernel: bool = False) -> Segments | flex.Blocks:
     """The segments of a packed batch, in the order of the row."""
     lengths: list[int] = []
     parent: list[int | None] = []
@@ -55,12 +57,14 @@ def plan(batch: Batch) -> Segments:
         place[index] = len(lengths)
         above = place.get(span.parent)
         mask = None
-        if above is not None:
+        if above is not None and not one_kernel:
             seen = lengths[above]
             mask = torch.ones(length, seen + length, dtype=torch.bool, device=batch.ids.device).tril(seen)
         lengths.append(length)
         parent.append(above)
         masks.append(mask)
+    if one_kernel:
+        return flex.Blocks(tuple(lengths), tuple(parent), batch.ids.device)
     return Segments(tuple(lengths), tuple(parent), tuple(masks))
 
 
@@ -72,20 +76,26 @@ def segment_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Segments | flex.Blocks | sequence.Dealt | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: output (1, L, heads, head size)."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:  # there, with a mask, grouped heads are slow
-        repeat, grouped = query.shape[1] // key.shape[1], False
-        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+    if isinstance(segments, sequence.Dealt):
+        shares = sequence.whole_heads(query, key, value, segments.length)
+        own, _ = segment_attention(module, *shares, None, dropout, scaling, segments.segments, **kwargs)
+        return sequence.own_tokens(own, segments.length), None
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"attention by segments knows no {unknown[0]}")
-    window, outputs = kwargs.get("sliding_window"), []
+    window = kwargs.get("sliding_window")
+    if isinstance(segments, flex.Blocks):
+        return flex.attend(query, key, value, segments.mask(window), scaling).transpose(1, 2), None
+    grouped, outputs = query.shape[1] != key.shape[1], []
+    if grouped and query.is_cuda:  # there, with a mask, grouped heads are slow
+        repeat, grouped = query.shape[1] // key.shape[1], False
+        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     for i, (parent, whole) in enumerate(zip(segments.parent, segments.mask, strict=True)):
         k, v, mask = keys[i], values[i], whole
@@ -105,14 +115,19 @@ AttentionInterface.register(NAME, segment_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def forward_arguments(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of a backbone's forward for this batch.
+def forward_arguments(batch: Batch, *, one_kernel: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a backbone's forward for this batch. one_kernel: segments by FlexAttention.
 
     A packed batch brings a 4-D placeholder as mask, which transformers hands through untouched, so that it does not
     build a dense one from the restarting positions.
     """
-    common = {"input_ids": batch.ids, "position_ids": batch.position, "use_cache": False}
+    common: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.position, "use_cache": False}
     if batch.packed:
         blank = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device)
-        return common | {"attention_mask": blank, "segments": plan(batch)}
+        segments = plan(batch, one_kernel=one_kernel)
+        if not batch.dealt:
+            return common | {"attention_mask": blank, "segments": segments}
+        length = batch.ids.shape[1]
+        mine = {name: common[name][:, sequence.own(length)] for name in ("input_ids", "position_ids")}
+        return common | mine | {"attention_mask": blank, "segments": sequence.Dealt(segments, length)}
     return common | {"attention_mask": (batch.segment >= 0).long()}

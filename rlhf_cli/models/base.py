@@ -22,13 +22,15 @@ from transformers import (
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import memory, sharding
+from rlhf_cli.models import memory, mesh, sharding
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
-from rlhf_cli.models.gate import check_files, check_same_template, check_template, end_ids
+from rlhf_cli.models.gate import check_files, check_same_template, check_template, check_tensors, end_ids
+from rlhf_cli.models.levers import Levers, check_dropout, levers
 from rlhf_cli.models.lighten import lighten
 from rlhf_cli.models.quantised import keep_4bit_layout, quantization_config
 from rlhf_cli.objectives.head import Head
+from rlhf_cli.recipe.hub import unreachable
 from rlhf_cli.recipe.model_path import Kept, ModelPath, fingerprint, read_json, resolve_model
 from rlhf_cli.recipe.settings.model import ModelSettings
 
@@ -78,6 +80,10 @@ class Base:
     """Branch, tag or commit of a hub base."""
     light: bool = False
     """Whether layers that keep less are in place of the architecture's own (models/lighten.py)."""
+    flex: bool = False
+    """Whether attention by segments is one kernel (models/flex.py)."""
+    compiled: bool = False
+    """Whether chains of element-wise operations are compiled (objectives/fused.py)."""
     shards: bool = False
     """Whether each of several processes holds a part of the layers (models/sharding.py)."""
     again: Callable[[bool], Base] | None = field(default=None, repr=False)
@@ -116,7 +122,7 @@ class Base:
         layer = self.model.get_output_embeddings()
         if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
             return self.logits
-        return Head(layer.weight, layer.bias, *self._bends(), self.dtype)
+        return Head(layer.weight, layer.bias, *self._bends(), self.dtype, self.compiled)
 
 
 def quiet() -> None:
@@ -163,7 +169,9 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept, wei
     safe: dict[str, Any] = {"trust_remote_code": False}
     if revision:
         safe["revision"] = revision
-    config = _attempt("no usable config.json", source, lambda: AutoConfig.from_pretrained(source, **safe))
+    away = "" if Path(source).is_dir() else unreachable()
+    trouble = f"not in the cache, and the hub cannot be reached ({away})" if away else "no usable config.json"
+    config = _attempt(trouble, source, lambda: AutoConfig.from_pretrained(source, **safe))
     architecture = (config.architectures or ["a model without a named architecture"])[0]
     heads: dict[str, Kept] = {"ForSequenceClassification": "reward", "ForTokenClassification": "process"}
     found = path.role
@@ -227,7 +235,7 @@ def load_base(
     auto = kinds[classifier * (1 + of_tokens)]
     arguments: dict[str, Any] = {
         "dtype": torch.float32 if trained else dtype,
-        "attn_implementation": None if chosen == "auto" else chosen,
+        "attn_implementation": None if chosen in ("auto", "flex_attention") else chosen,
         "use_safetensors": True,
         "trust_remote_code": False,
         "ignore_mismatched_sizes": True,  # so that _check_tensors can name them
@@ -235,14 +243,31 @@ def load_base(
     }
     if revision:
         arguments["revision"] = revision
-    if quantization is not None:
+    asked, shards = levers(settings, device, source), mesh.wanted()
+    if quantization is not None and not shards:
         arguments |= {"quantization_config": quantization, "device_map": {"": device}}
+
+    def read() -> PreTrainedModel:
+        return _read(auto, source, arguments, device, asked)
+
+    model = sharding.in_parts(read, device, dtype, source, quantization) if shards else read()
+    memory.give_back()  # what reading and quantising took in the loader's threads
+    base = Base(model, source, _identity(source, model), device, dtype, revision=revision,
+                shards=shards, **asked._asdict())  # fmt: skip
+    if shards:
+        base.again = lambda trained: load_base(source, settings, trained=trained, classifier=classifier,
+                                               of_tokens=of_tokens, revision=revision)  # fmt: skip
+    return base
+
+
+def _read(auto: Any, source: str, arguments: dict[str, Any], device: torch.device, asked: Levers) -> PreTrainedModel:
+    """The weights, checked and frozen; on the device unless they are to be shared out."""
     try:
         model, info = _attempt("cannot be loaded", source, lambda: auto.from_pretrained(source, **arguments))
-        _check_tensors(model, info, source)
-        model = model if quantization is not None or sharding.wanted() else model.to(device)
+        check_tensors(model, info, source)
+        model = model if "quantization_config" in arguments or mesh.wanted() else model.to(device)
         keep_4bit_layout(model)
-        if chosen == "auto" and model.config._attn_implementation == "sdpa":
+        if arguments["attn_implementation"] is None and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(SEGMENTS)  # no effect on architectures with attention code of their own
     except Exception as error:
         if not memory.ran_out(error):
@@ -251,18 +276,12 @@ def load_base(
                          "use quantization: nf4 or a smaller model") from error  # fmt: skip
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.eval()
-    light, shards = settings.kernels == "auto", sharding.wanted()
-    if light:
-        lighten(model)
-    if shards:
-        sharding.shard(model, device, dtype, source)
-    memory.give_back()  # what reading and quantising took in the loader's threads
-    base = Base(model, source, _identity(source, model), device, dtype, revision=revision, light=light, shards=shards)
-    if shards:
-        base.again = lambda trained: load_base(source, settings, trained=trained, classifier=classifier,
-                                               of_tokens=of_tokens, revision=revision)  # fmt: skip
-    return base
+    if asked.flex:
+        check_dropout(model.config, source)
+    if asked.light:
+        lighten(model, compiled=asked.compiled)
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def _identity(source: str, model: PreTrainedModel) -> str:
@@ -270,18 +289,3 @@ def _identity(source: str, model: PreTrainedModel) -> str:
     if folder.is_dir():
         return fingerprint(folder)
     return f"hub:{source}@{getattr(model.config, '_commit_hash', None) or 'unknown'}"
-
-
-def _check_tensors(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
-    for key, word in (
-        ("missing_keys", "missing"),
-        ("mismatched_keys", "of the wrong shape"),
-        ("unexpected_keys", "extra"),
-    ):
-        names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(key) or ())
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(f"tensors {word}: {', '.join(names[:3])}{more}", source)
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"tensor {name} holds NaN or infinite numbers", source)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import adapters, checkpointing, sharding
+from rlhf_cli.models import adapters, checkpointing, sequence, sharding
 from rlhf_cli.models.base import Base, Text, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.gate import check_vocabulary
+from rlhf_cli.models.quantised import numbers
 from rlhf_cli.models.roles import Role, disable_dropout
 from rlhf_cli.recipe.model_path import Kept
 from rlhf_cli.recipe.schema import Recipe
@@ -46,6 +47,11 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     check_vocabulary(base, text)
     check_logits(base)
     base.packed = recipe.training.layout != "padded" and allows_packing(base)
+    if sequence.size() > 1:
+        sequence.check_heads(base.model.config, text.source)
+    if sequence.size() > 1 and not base.packed:
+        raise ModelError("this architecture cannot share sequences out to several processes", text.source,
+                         f"set {sequence.WHERE}: 1")  # fmt: skip
     if recipe.training.layout == "packed" and not base.packed:
         raise RecipeError("this architecture or attn_implementation cannot take packed rows", "training.layout",
                           "use auto")  # fmt: skip
@@ -69,12 +75,10 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     if not dropout:
         disable_dropout(base)
     trained = sum(p.numel() for _, p in role.parameters)
-    total = sum(
-        p.numel() * (2 if hasattr(p, "quant_state") else 1) for p in base.model.parameters()
-    )  # 4 bits: 2 a byte
+    total = sum(numbers(p) for p in base.model.parameters())
     display.note(
         f"policy: {text.source} {settings.quantization if settings.quantization != 'none' else str(base.dtype)[6:]}, "
-        f"{'all' if lora is None else 'LoRA'}: {trained:,} of {total:,} parameters trained, on {base.device}"
+        f"{'all' if lora is None else lora.kind}: {trained:,} of {total:,} parameters trained, on {base.device}"
     )
     return role
 

@@ -10,6 +10,7 @@ import torch
 from rlhf_cli.data.batch import Batch, collate
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models import sequence
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.base import Base
 from rlhf_cli.models.roles import Role
@@ -67,7 +68,7 @@ def check_logits(base: Base) -> None:
 
 def allows_packing(base: Base) -> bool:
     """Whether attention by segments gives the same hidden states as padded rows, at every scored token's predictor,
-    and whatever the neighbours in the row are."""
+    and whatever the neighbours in the row are; also where several processes share a row, who ask this together."""
     if base.model.config._attn_implementation != SEGMENTS:
         return False
     role, base.packed = Role("check", base), True
@@ -78,12 +79,21 @@ def allows_packing(base: Base) -> bool:
             with role.active():
                 states.append(role.hidden(batch)[batch.predictors].float())
         leak = _leak(role)
+        if sequence.size() > 1:
+            states[0] = _dealt(role)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, IndexError):
         return False
     finally:
         base.packed = False
     gap, limit = float((states[0] - states[1]).abs().max()), _tolerance(base, float(states[1].abs().max()))
     return gap <= limit and leak <= limit / 10
+
+
+def _dealt(role: Role) -> torch.Tensor:
+    """The same states, each process of a group computing a part of the row."""
+    batch = replace(_probe(role.base, packed=True), dealt=True)
+    with role.active():
+        return role.read(role.hidden(batch), batch, batch.predictors, lambda states, _: states.float())
 
 
 def _leak(role: Role) -> float:

@@ -1,4 +1,4 @@
-"""What is wrong with a model's files and its template, told before any weights are read.
+"""What is wrong with a model's files and its template, told before any weights are read, and with what was read.
 
 Only the headers of safetensors files are looked at: that they are whole, that index and files agree, that an adapter
 has both matrices of every layer, that nothing is stored in a way that needs scales nobody has.
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jinja2.exceptions import TemplateError
 
 from rlhf_cli.data.examples import Message
@@ -20,6 +21,8 @@ from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.recipe.model_path import ModelPath, read_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlhf_cli.models.base import Base, Text
 
 SINGLE = "model.safetensors"
@@ -117,6 +120,22 @@ def _check_adapter(folder: Path) -> None:
             f"the adapter has more than LoRA matrices ({odd[0]}), which is not known here", str(folder),
             "merge it into its base with peft, and start from that",
         )  # fmt: skip
+
+
+def check_tensors(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
+    """ModelError for tensors that are missing, extra, of another shape or not finite; info: what the loader said."""
+    for key, word in (
+        ("missing_keys", "missing"),
+        ("mismatched_keys", "of the wrong shape"),
+        ("unexpected_keys", "extra"),
+    ):
+        names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(f"tensors {word}: {', '.join(names[:3])}{more}", source)
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"tensor {name} holds NaN or infinite numbers", source)
 
 
 # --- tokenizer and template ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError, RlhfError
-from rlhf_cli.models import memory
+from rlhf_cli.models import memory, traffic
 from rlhf_cli.models.meeting import agree
 from rlhf_cli.runs.place import Place
 
@@ -41,10 +41,6 @@ class _Group:
     """How long one waits for the others."""
     told: int = 0
     """Collectives so far."""
-    reduced: int = 0
-    """Bytes of gradients added up since the last `traffic`."""
-    exchanged: int = 0
-    """Bytes of everything else told since then."""
     alone: int = field(default=0)
     """Depth of `alone`."""
 
@@ -94,6 +90,7 @@ def start(place: Place, seconds: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the {place.world} processes did not find one another: {_line(error)}", "torchrun") from error
     _group = _Group(place, dist.PrefixStore("told", store), seconds)
+    traffic.begin()
 
 
 def stop() -> None:
@@ -149,6 +146,11 @@ def count() -> int:
 def rank() -> int:
     """Which of all this is; 0 writes."""
     return 0 if _group is None else _group.place.rank
+
+
+def beside() -> tuple[int, int]:
+    """Which of the processes of this machine this is, and how many there are."""
+    return (0, 1) if _group is None else (_group.place.local, _group.place.beside)
 
 
 # --- telling -------------------------------------------------------------------------------------------------------
@@ -234,18 +236,9 @@ def add(parameters: Sequence[torch.nn.Parameter], doing: str) -> None:
     for bucket in _buckets(kept):
         flat = torch.cat([_gradient(p).reshape(-1).float() for p in bucket])
         _reduce(flat, doing)
-        _group.reduced += flat.numel() * flat.element_size()
+        traffic.add("gradient", flat.nbytes)
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
-
-
-def traffic() -> dict[str, float]:
-    """Metrics: bytes that this process handed to collectives since it was last asked, of gradients and besides."""
-    if _group is None:
-        return {}
-    found = {"distributed/gradient_bytes": float(_group.reduced), "distributed/other_bytes": float(_group.exchanged)}
-    _group.reduced = _group.exchanged = 0
-    return found
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------
@@ -267,7 +260,7 @@ def _gathered(own: Tensor, doing: str) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in sizes]
     with _others(doing):
         dist.all_gather(parts, padded)
-    _group.exchanged += 8 + longest
+    traffic.add("other", 8 + longest)
     return [part[: int(size)].clone() for part, size in zip(parts, sizes, strict=True)]
 
 
@@ -308,13 +301,37 @@ def _others(doing: str) -> Iterator[None]:
                    hint="the same command goes on from the newest whole checkpoint") from error  # fmt: skip
 
 
+def lost(doing: str) -> Lost:
+    """The error of a collective that left no word in the store. Who else is there meets the same one: whoever does not
+    say so within a little is the missing one."""
+    assert _group is not None
+    mine, others = _group.place.rank, range(_group.place.world)
+    silent, deadline = list(others), time.monotonic() + PATIENCE
+    try:
+        _group.store.set(f"without/{mine}", "1")
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.05)
+            silent = [other for other in others if not _group.store.check([f"without/{other}"])]
+        names = ", ".join(f"process {other} (last seen: {_seen(_group, other)[1]})" for other in silent)
+    except RuntimeError:
+        names = "process 0 or torchrun"
+    return Lost(f"{names or 'another process'} is gone, or did not answer within {_group.seconds:g} s while {doing}",
+                hint="the same command goes on from the newest whole checkpoint")  # fmt: skip
+
+
+def _seen(group: _Group, other: int) -> tuple[int, str]:
+    """How far a process has come, by what it left in the store."""
+    key = f"at/{other}"
+    told, doing = json.loads(group.store.get(key)) if group.store.check([key]) else (0, "not begun")
+    return told, doing
+
+
 def _missing(group: _Group) -> str:
     """Who has come less far than this process, in words."""
     late = []
     try:
         for other in range(group.place.world):
-            key = f"at/{other}"
-            told, doing = json.loads(group.store.get(key)) if group.store.check([key]) else (0, "not begun")
+            told, doing = _seen(group, other)
             if told < group.told:
                 late.append(f"process {other} (last seen: {doing})")
     except RuntimeError:

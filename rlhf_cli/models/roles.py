@@ -9,7 +9,7 @@ R rows, L slots, T scored tokens, N sequences, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.data.batch import Batch
-from rlhf_cli.models import processes, sharding
+from rlhf_cli.models import processes, sequence, sharding
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.attention import forward_arguments
 from rlhf_cli.models.base import Base
 from rlhf_cli.objectives.logprob import Statistics, TokenLogp, token_logits, token_logp
+
+SAID: dict[Statistics, tuple[str, ...]] = {
+    "none": ("logp",), "entropy": ("logp", "entropy"), "bonus": ("logp", "entropy"),
+    "usual": ("logp", "entropy", "mean"), "collision": ("logp", "collision"),
+}  # fmt: skip
+"""What a `TokenLogp` holds, by the statistics asked for."""
 
 
 class RoleError(AssertionError):
@@ -66,6 +72,8 @@ class Role:
         if owing is not None and owing is not self:
             raise RoleError(f"{self.name} cannot start: the backward pass of {owing.name} is still to come")
         self._switch(train and self.trained)
+        if train and self.base.shards and owing is None:
+            sharding.start_pass(self.base)
         try:
             with torch.set_grad_enabled(train and self.trained), self.base.autocast():
                 yield
@@ -91,15 +99,26 @@ class Role:
         base.model.train(train)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states: (R L, H). Call within `active`."""
+        """Last hidden states: (R L, H); of a batch that is dealt out those of this process. Call within `active`."""
         if batch.packed and not self.base.packed:
             raise RoleError("a packed batch for a base that cannot take it")
         if self.base.shards and processes.count() == 1:
             raise RoleError(f"{self.name} is held in parts by several processes, and one of them asks it alone")
-        states = self.base.model.base_model(**forward_arguments(batch)).last_hidden_state  # (R, L, H)
+        states = self.base.model.base_model(
+            **forward_arguments(batch, one_kernel=self.base.flex)
+        ).last_hidden_state  # (R, L, H)
         if torch.is_grad_enabled():
             self.base.open_graph = self
         return states.reshape(-1, states.shape[-1])
+
+    def read(
+        self, hidden: Tensor, batch: Batch, at: Tensor, function: Callable[[Tensor, Tensor | slice], Tensor]
+    ) -> Tensor:
+        """function(states (T, H), which of the places) of the hidden states at some flat places of a batch (T,), in
+        their order, wherever they lie."""
+        if not batch.dealt:
+            return function(hidden[at], slice(None))
+        return sequence.read(hidden, at, batch.ids.shape[1], function)
 
     def logp(
         self,
@@ -122,19 +141,34 @@ class Role:
         upstream: float | None = None,
     ) -> TokenLogp:
         ids = batch.ids.view(-1)[batch.targets]
-        return token_logp(
-            hidden[batch.predictors], self.base.head(), ids, temperature,
-            vocabulary=self.base.vocabulary, statistics=statistics, upstream=upstream,
-        )  # fmt: skip
+
+        def said(states: Tensor, which: Tensor | slice) -> TokenLogp:
+            return token_logp(
+                states, self.base.head(), ids[which], temperature,
+                vocabulary=self.base.vocabulary, statistics=statistics, upstream=upstream,
+            )  # fmt: skip
+
+        if not batch.dealt:
+            return said(hidden[batch.predictors], slice(None))
+        names = SAID[statistics]
+
+        def columns(states: Tensor, which: Tensor | slice) -> Tensor:
+            found = said(states, which)
+            return torch.stack([getattr(found, name) for name in names], dim=1)
+
+        rows = self.read(hidden, batch, batch.predictors, columns)
+        nothing = rows[:0, 0]
+        found = dict(zip(names, rows.unbind(1), strict=True))
+        return TokenLogp(*(found.get(name, nothing) for name in TokenLogp._fields))
 
     def values(self, batch: Batch) -> Tensor:
         """Value of the state before each scored token: (T,), float32."""
-        return self._scalar(self.hidden(batch)[batch.predictors])
+        return self._scalar(self.hidden(batch), batch, batch.predictors)
 
     def values_around(self, batch: Batch) -> Tensor:
         """Values of the states before and after each scored token: (T, 2), float32."""
         hidden = self.hidden(batch)
-        return torch.stack([self._scalar(hidden[batch.predictors]), self._scalar(hidden[batch.targets])], dim=1)
+        return torch.stack([self._scalar(hidden, batch, at) for at in (batch.predictors, batch.targets)], dim=1)
 
     def logp_and_values(
         self,
@@ -153,7 +187,7 @@ class Role:
         hidden = self.hidden(batch)
         seen = hidden.detach() if detach else hidden
         places = (batch.predictors, batch.targets) if around else (batch.predictors,)
-        values = torch.cat([self._through(self.value_head, seen[at]) for at in places], dim=1)
+        values = torch.cat([self._through(self.value_head, seen, batch, at) for at in places], dim=1)
         return self._logp(hidden, batch, temperature, statistics), values
 
     def values_of_still_trunk(self, batch: Batch) -> Tensor:
@@ -164,34 +198,33 @@ class Role:
             hidden = self.hidden(batch)
         if torch.is_grad_enabled():
             self.base.open_graph = self
-        return self._through(self.value_head, hidden[batch.predictors])
+        return self._through(self.value_head, hidden, batch, batch.predictors)
 
     def score(self, batch: Batch) -> Tensor:
         """Score of each sequence, read at its last token: (N,), float32."""
-        return self._scalar(self.hidden(batch)[batch.last])
+        return self._scalar(self.hidden(batch), batch, batch.last)
 
     def classes(self, batch: Batch) -> Tensor:
         """What the head says at each scored token: (T, C), float32."""
-        return self._head(self.hidden(batch)[batch.targets])
+        return self._head(self.hidden(batch), batch, batch.targets)
 
     def followed_by(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
         """Logits of these tokens as what comes right after each scored token: (T, len(tokens)), float32."""
-        hidden = self.hidden(batch)[batch.targets]
-        wanted = torch.tensor(list(tokens), device=hidden.device)
-        return token_logits(hidden, self.base.logits, wanted, self.base.vocabulary)
+        wanted, base = torch.tensor(list(tokens), device=batch.ids.device), self.base
+        return self.read(self.hidden(batch), batch, batch.targets,
+                         lambda states, _: token_logits(states, base.logits, wanted, base.vocabulary))  # fmt: skip
 
-    def _scalar(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden).squeeze(-1)
+    def _scalar(self, hidden: Tensor, batch: Batch, at: Tensor) -> Tensor:
+        return self._head(hidden, batch, at).squeeze(-1)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _head(self, hidden: Tensor, batch: Batch, at: Tensor) -> Tensor:
         if self.head is None:
             raise RoleError(f"{self.name} has no head of its own")
-        return self._through(self.head, hidden)
+        return self._through(self.head, hidden, batch, at)
 
-    def _through(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+    def _through(self, head: nn.Linear, hidden: Tensor, batch: Batch, at: Tensor) -> Tensor:
         with torch.autocast(self.base.device.type, enabled=False):
-            out: Tensor = head(hidden.float())
-            return out
+            return self.read(hidden, batch, at, lambda states, _: head(states.float()))
 
     def backward(self, loss: Tensor) -> None:
         """loss.backward(), while this role is active; afterwards other roles may start."""

@@ -1,4 +1,5 @@
 """Layers held in parts: each of several processes keeps a share of every matrix of a base's layers (PyTorch's FSDP2).
+Which processes share with which: models/mesh.py; matrices in 4 bits: models/quantised.py.
 
 A layer is gathered when its turn comes and let go after it; gradients of trained matrices are added up as each layer's
 backward pass ends. So every forward and backward of such a base is made by all processes together, in the same order
@@ -8,9 +9,8 @@ process, and their gradients are added up once a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,73 +18,105 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import memory, processes
+from rlhf_cli.models import memory, mesh, processes, quantised
 
 if TYPE_CHECKING:
     from rlhf_cli.models.base import Base
     from rlhf_cli.models.roles import Role
 
-_asked: bool = False
+Quantise = Callable[[nn.Module, torch.device], None]
+"""Quantises on a device what was put off within a module."""
 
 
-def ask(wanted: bool) -> None:
-    """Whether bases that are loaded from here on are to be held in parts."""
-    global _asked  # noqa: PLW0603
-    _asked = wanted
-    _mesh.cache_clear()
+def shard(model: Any, device: torch.device, compute: torch.dtype, source: str, quantization: Any = None) -> bool:
+    """Keep this process's part of the matrices of every layer, on the device; all else goes there whole. Whether all
+    processes must `meet` then.
 
-
-def wanted() -> bool:
-    """Whether a base that is loaded now is to be held in parts: several processes load it together."""
-    return _asked and processes.count() > 1
-
-
-def shard(model: Any, device: torch.device, compute: torch.dtype, source: str) -> None:
-    """Keep this process's part of the matrices of every layer, on the device; all else goes there whole.
-
-    compute: the dtype in which trained layers are gathered. Raises ModelError for quantised weights, for an
-    architecture without layers that are known, and when memory does not suffice.
+    compute: the dtype in which trained layers are gathered. quantization: how the layers of a plain model are to be
+    quantised. Raises ModelError for weights quantised otherwise than in 4 bits, for an architecture without layers
+    that are known, and when memory does not suffice.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError("quantised weights cannot be shared out", source, "use distributed.shard: none")
+    packed = getattr(model, "is_loaded_in_4bit", False)
+    other = quantization is not None and not quantization.load_in_4bit
+    if other or (not packed and getattr(model.config, "quantization_config", None) is not None):
+        raise ModelError("weights that are quantised otherwise than in 4 bits cannot be shared out", source,
+                         "use distributed.shard: none")  # fmt: skip
+    if not _layers(model):
+        raise ModelError(f"{type(model).__name__} has no layers that could be shared out", source,
+                         "use distributed.shard: none")  # fmt: skip
     try:
-        _share_out(model, device, compute, source)
+        put_off = quantization is not None and not packed
+        quantise = quantised.put_off(model, quantization) if put_off else None
+        return _share_out(model, device, compute, quantise)
     except Exception as error:
         if not memory.ran_out(error):
             raise
         raise ModelError("the weights do not fit the memory", source, "use more processes") from error
 
 
-def _share_out(model: Any, device: torch.device, compute: torch.dtype, source: str) -> None:
+def _share_out(model: Any, device: torch.device, compute: torch.dtype, quantise: Quantise | None) -> bool:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    layers = _layers(model)
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no layers that could be shared out", source,
-                         "use distributed.shard: none")  # fmt: skip
-    mesh = _mesh(device.type)
-    as_kept = compute == next(layers[0].parameters()).dtype
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if as_kept else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    matrices = {p for layer in layers for p in layer.parameters() if p.ndim > 1}
-    whole = {p for p in model.parameters() if p not in matrices}
-    body = model.base_model
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
-    fully_shard(body, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
+    layers, body = _layers(model), model.base_model
+    as_kept = compute == next((p.dtype for p in layers[0].parameters() if p.is_floating_point()), compute)
+    about: dict[str, Any] = {
+        "mesh": mesh.mesh(device.type),
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if as_kept else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    }
+    for layer in layers:  # one after the other, so that no more than one is whole on the device
+        if quantise is not None:
+            quantise(layer, device)
+        joined = quantised.in_4_bits(layer)
+        for linear in joined:
+            quantised.join(linear)
+        fully_shard(layer, **about, ignored_params={p for p in layer.parameters() if p.ndim < 2})
+        for linear in joined:
+            quantised.mark(linear)
+    if quantise is not None:
+        quantise(model, device)
+    whole = {p for p in model.parameters() if not split(p)}
+    fully_shard(body, **about, ignored_params=whole)
     for part in _parts(body):
         part.set_force_sum_reduction_for_comms(True)
         part.set_gradient_divide_factor(1.0)
-    model.to(device)
+        mesh.counted(part, device.type)
     for parameter in whole:  # else each keeps the mapped file of all weights in memory
-        parameter.data = parameter.data.clone()
-    if not as_kept:
-        _meet(body, device, compute)
+        if not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(device, copy=True)
+    for module in model.modules():
+        module._buffers.update({k: v if v is None else v.to(device) for k, v in module._buffers.items()})
+    return not as_kept
 
 
-def _meet(body: Any, device: torch.device, compute: torch.dtype) -> None:
-    """A first forward with every matrix to be trained."""
+def in_parts(
+    read: Callable[[], Any], device: torch.device, compute: torch.dtype, source: str, quantization: Any
+) -> Any:
+    """A model that `read` gives, held in parts. The processes of a machine read it one after the other, so that it is
+    there whole once. It fails as `processes.together` and `shard`."""
+    found: list[Any] = []
+    unmet = False
+    mesh.mesh(device.type)  # all together
+
+    def work() -> None:
+        nonlocal unmet
+        model = read()
+        unmet = shard(model, device, compute, source, quantization)
+        quantised.keep_4bit_layout(model)
+        found.append(model)
+        memory.give_back()
+
+    mesh.in_turn(work, f"reading {source}")
+    if unmet:
+        meet(found[0], device, compute)
+    return found[0]
+
+
+def meet(model: Any, device: torch.device, compute: torch.dtype) -> None:
+    """A first forward with every matrix to be trained, of all processes together."""
+    body = model.base_model
     with _as_trained(_parts(body)), torch.no_grad(), torch.autocast(device.type, compute):
         body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
 
@@ -140,8 +172,8 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, cut as another of that shape is; all of it where that one is whole."""
     if not split(like):
         return full
-    parts = full.chunk(processes.count(), 0)
-    return parts[processes.rank()] if processes.rank() < len(parts) else full[:0]
+    parts = full.chunk(mesh.count(), 0)
+    return parts[mesh.rank()] if mesh.rank() < len(parts) else full[:0]
 
 
 def fill(own: Tensor, full: Tensor) -> None:
@@ -197,6 +229,30 @@ def gathered(base: Base, layers: int | None = None) -> Iterator[None]:
             one.reshard()
 
 
+def start_pass(base: Base) -> None:
+    """A forward with gradient is to come: forwards before it that had none are forgotten. FSDP2 would gather layers for
+    their backward passes, which never come; it can be told so from PyTorch 2.13 on, and only wastes time before."""
+    body: Any = base.model.base_model
+    if hasattr(body, "reset_iter_state"):
+        body.reset_iter_state()
+
+
+@contextmanager
+def as_plain(base: Base) -> Iterator[None]:
+    """Inside, this process's part stands for each tensor that is held in parts: of such a tensor peft asks how many
+    rows are here, where it should ask the layer how many it has."""
+    kept = [(m, n, p) for m in base.model.modules() for n, p in m._parameters.items() if p is not None and split(p)]
+    for module, name, parameter in kept:
+        own = nn.Parameter(held(parameter), requires_grad=False)
+        own.__dict__.update(parameter.__dict__)
+        module._parameters[name] = own
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
 @contextmanager
 def collective(doing: str) -> Iterator[None]:
     """Collectives that are not told one by one: where one fails, another process is gone. Raises Lost."""
@@ -205,9 +261,7 @@ def collective(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         if not _of_others(error):
             raise
-        raise processes.Lost(f"another process is gone, or did not answer, while {doing}",
-                             f"process {processes.rank()}",
-                             "the same command goes on from the newest whole checkpoint") from error  # fmt: skip
+        raise processes.lost(doing) from error
 
 
 def _of_others(error: RuntimeError) -> bool:
@@ -220,11 +274,12 @@ def _of_others(error: RuntimeError) -> bool:
 
 def words(base: Base) -> str:
     """How much of the base this process holds, in words."""
-    everything = sum(p.numel() for p in base.model.parameters())
-    own = sum(held(p).numel() for p in base.model.parameters())
+    counts = [(quantised.numbers(p), held(p).numel() / max(p.numel(), 1)) for p in base.model.parameters()]
+    everything, own = sum(n for n, _ in counts), sum(round(n * share) for n, share in counts)
+    among = "" if mesh.count() == processes.count() else f" ({mesh.count()} of a machine share its layers out)"
     return (
-        f"sharded: each of {processes.count()} processes holds {own:,} of {everything:,} parameters of the base, "
-        "all of them while it samples (without the lean decode step)"
+        f"sharded: each of {processes.count()} processes{among} holds {own:,} of {everything:,} parameters of the "
+        "base, all of them while it samples (without the lean decode step)"
     )
 
 
@@ -243,10 +298,3 @@ def _layers(model: nn.Module) -> list[Any]:
             found.append(module)
             inside.update(id(below) for below in module.modules())
     return found
-
-
-@cache
-def _mesh(kind: str) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(kind, (processes.count(),))

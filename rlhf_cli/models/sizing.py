@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import adapters
 from rlhf_cli.models.base import Base, Text, quiet
+from rlhf_cli.models.quantised import ALIGNED
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings, Quantization
 
 BLOCK, NESTED = 64, 256
@@ -71,24 +72,57 @@ def layer_matrices(base: Base) -> dict[int, nn.Parameter]:
     }  # fmt: skip
 
 
+class Slice(NamedTuple):
+    """A matrix of a layer that is cut by its rows; one in 4 bits by its bytes."""
+
+    rows: int
+    kept: int
+    """Bytes of a row as it lies."""
+    gathered: int
+    """Bytes of a row where the layer computes."""
+    whole: int
+    """Bytes of all that is cut, where one process has it."""
+
+    def of(self, processes: int) -> int:
+        """Rows of the largest of so many parts."""
+        return math.ceil(self.rows / processes)
+
+
+def slices(base: Base, quantization: Quantization) -> list[Slice]:
+    """Of all layers."""
+    packed, found = _quantised_matrices(base, quantization), []
+    for key, p in layer_matrices(base).items():
+        width = p.numel() // p.shape[0]
+        if key in packed:
+            codes, scales = math.ceil(p.numel() / 2), math.ceil(p.numel() / BLOCK)
+            found.append(Slice(math.ceil(codes / ALIGNED) * ALIGNED + scales, 1, 1, codes + scales))
+        else:
+            found.append(Slice(p.shape[0], width * p.element_size(), width * base.dtype.itemsize, nbytes([p])))
+    return found
+
+
+def gathered_bytes(base: Base, quantization: Quantization, processes: int, layers: int | None = None) -> int:
+    """Bytes of the matrices of all layers as so many processes gather them, every part filled up to the largest; of so
+    many layers."""
+    every = sum(processes * one.of(processes) * one.gathered for one in slices(base, quantization))
+    count = int(base.model.config.get_text_config().num_hidden_layers)
+    return every if layers is None else every * min(layers, count) // max(count, 1)
+
+
 def part(parameter: nn.Parameter, processes: int) -> nn.Parameter:
     """What the first of so many processes holds of a parameter that is cut by its rows."""
     rows = math.ceil(parameter.shape[0] / processes)
     return nn.Parameter(parameter.detach()[:rows], requires_grad=parameter.requires_grad)
 
 
-def saved(base: Base, processes: int) -> int:
-    """Numbers of its layers that a process does not hold when so many hold parts of them."""
-    return sum(p.numel() - part(p, processes).numel() for p in layer_matrices(base).values())
+def saved(base: Base, quantization: Quantization, processes: int) -> int:
+    """Bytes of its layers that a process does not hold when so many hold parts of them."""
+    return sum(one.whole - one.of(processes) * one.kept for one in slices(base, quantization))
 
 
 def weights(base: Base, quantization: Quantization) -> Weights:
     """Of an outline, had it been loaded with this quantisation."""
-    kept = set(get_keys_to_not_convert(base.model)) if quantization != "none" else set()
-    matrices = {
-        id(module.weight): True for name, module in base.model.named_modules()
-        if isinstance(module, nn.Linear) and quantization != "none" and not _adapter(name) and not _among(name, kept)
-    }  # fmt: skip
+    matrices = _quantised_matrices(base, quantization)
     numbers = total = quantised = largest = 0
     for name, parameter in base.model.named_parameters():
         if _adapter(name):
@@ -97,6 +131,17 @@ def weights(base: Base, quantization: Quantization) -> Weights:
         numbers, total, largest = numbers + parameter.numel(), total + size, max(largest, size)
         quantised += parameter.numel() if id(parameter) in matrices else 0
     return Weights(numbers, total + nbytes(base.model.buffers()), quantised, largest)
+
+
+def _quantised_matrices(base: Base, quantization: Quantization) -> set[int]:
+    """Those that a quantisation takes, by identity."""
+    if quantization == "none":
+        return set()
+    kept = set(get_keys_to_not_convert(base.model))
+    return {
+        id(module.weight) for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and not _adapter(name) and not _among(name, kept)
+    }  # fmt: skip
 
 
 def _quantised(matrix: torch.Tensor, quantization: Quantization) -> int:

@@ -5,22 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.models import processes, sharding
+from rlhf_cli.models import mesh, processes, sequence, sharding
+from rlhf_cli.models.base import Base
+from rlhf_cli.recipe.settings.distributed import DistributedSettings
 from rlhf_cli.recipe.work import Work
 from rlhf_cli.runs.decide import Decision
 from rlhf_cli.runs.directory import Run
+from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.follower import Follower
 from rlhf_cli.runs.place import Place
 
+ALONE = "distributed.shard {}: a single process has nothing to share out"
 
-def open_together(recipe: Work, command: str, resume: str, place: Place, seconds: float, *, shard: bool) -> Run:
+
+def tell_shares(asked: DistributedSettings, base: Base, display: Display) -> None:
+    """How much of a base each process holds, where the recipe has it held in parts."""
+    if asked.shard != "none":
+        display.note(sharding.words(base) if base.shards else ALONE.format(asked.shard))
+
+
+def open_together(recipe: Work, command: str, resume: str, place: Place, asked: DistributedSettings) -> Run:
     """Meet the other processes and open the run directory as `Run.open`: the first process for all.
 
-    seconds: how long one waits for another; shard: whether each holds a share of the layers. Raises as `Run.open` and
-    `processes.start` do.
+    asked: how long one waits for another, who holds which share of the layers, and who shares sequences. Raises as
+    `Run.open`, `processes.start`, `mesh.ask` and `sequence.ask` do.
     """
-    processes.start(place, seconds)
-    sharding.ask(shard)
+    processes.start(place, asked.timeout)
+    mesh.ask(asked.shard)
+    sequence.ask(asked.sequence_parallel)
     opened: list[Run] = []
 
     def decide() -> list[Any]:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.models import memory, processes, sharding
+from rlhf_cli.models import memory, processes, sharding, traffic
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
@@ -215,7 +215,7 @@ class Engine:
                 raise
             self._clock = time.monotonic()
             metrics["time/evaluation_s"] = round(self._clock - now, 4)
-        metrics |= processes.traffic()
+        metrics |= traffic.take() if processes.met() else {}
         self.run.log(metrics)
         show = done or self.step % self.recipe.logging.every == 0 or self.step == 1
         self.display.step(self.step, metrics, show)
@@ -285,3 +285,4 @@ class Engine:
             if first:
                 self.run.log({"step": 0, **first})
         self._clock, self._clock_tokens = time.monotonic(), self.tokens
+        traffic.take()  # of what came before the first step

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import checkpointing, memory, processes, sharding
+from rlhf_cli.models import checkpointing, memory, processes, sequence, sharding
 from rlhf_cli.models.checkpointing import Footprint
 from rlhf_cli.models.device import Tokens, micro_batch_range
 from rlhf_cli.models.roles import Role
@@ -65,7 +65,7 @@ def settle(engine: Engine) -> None:
     allowed = micro_batch_range(device)
     free = memory.room(device) * SHARE[device.type] - owed(role, engine)
     free = min(processes.gather(free, "comparing free memory"))
-    wanted = max(longest, allowed.usual if automatic else engine.budget)
+    wanted = max(longest, allowed.usual if automatic else engine.budget) // sequence.size()
     needs = checkpointing.bound(role)
     if not role.base.packed or wanted * needs.each(0) > free:
         needs = checkpointing.footprint(role, longest)
@@ -73,7 +73,8 @@ def settle(engine: Engine) -> None:
         for learner in engine.learners.values():
             checkpointing.recompute(learner.role.base.model, layers_to_recompute(needs, wanted, free))
     if automatic:
-        engine.budget = _resumed(engine.run) or tokens_that_fit(*_measured(engine, role, needs), free, allowed)
+        fit = tokens_that_fit(*_measured(engine, role, needs), free, allowed) * sequence.size()
+        engine.budget = _resumed(engine.run) or fit
         engine.budget = min(processes.gather(engine.budget, "agreeing on micro-batches"))
     checkpoint.set_random_state(*generators)
     engine.display.note(

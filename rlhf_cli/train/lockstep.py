@@ -15,17 +15,20 @@ from rlhf_cli.data.batch import micro_batches, size
 from rlhf_cli.data.shares import shares
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import checkpointing, memory, processes, sharding
+from rlhf_cli.models import checkpointing, memory, processes, sequence, sharding
 from rlhf_cli.models.base import Base
 from rlhf_cli.models.roles import Role
 
+TRAINING = ("training.micro_batch_tokens", "lower it, or set model.gradient_checkpointing: true")
+NO_TRAINING = ("data.max_length", "lower it, or start more processes")
+"""What to do when memory runs out."""
 SHORT = 4
 """Tokens of what is made up."""
 
 
 def every_share(samples: Sequence[Sample], *, packed: bool, count: int | None = None) -> list[Sequence[int]]:
-    """Which of some samples each process (of so many) computes: all of them when it is the only one."""
-    count = processes.count() if count is None else count
+    """Which of some samples each group of processes (of so many) computes: all of them when it is the only one."""
+    count = sequence.groups() if count is None else count
     if count == 1:
         return [range(len(samples))]
     prompts = [s.prompt.tobytes() if packed and len(s.prompt) else i for i, s in enumerate(samples)]
@@ -33,10 +36,11 @@ def every_share(samples: Sequence[Sample], *, packed: bool, count: int | None = 
     return list(shares(costs, prompts, count))
 
 
-def together(base: Base, work: Callable[[], Any], doing: str) -> list[Any]:
+def together(base: Base, work: Callable[[], Any], doing: str, *, trains: bool = True) -> list[Any]:
     """As `processes.together`. Of a base whose layers are held in parts, what fails on one process ends that process:
-    the others wait for it inside `work`, and learn that it is gone. Raises ModelError when memory ran out."""
-    if not base.shards:
+    the others wait for it inside `work`, and learn that it is gone. trains: whether the recipe is one of training.
+    Raises ModelError when memory ran out."""
+    if not base.shards and sequence.size() == 1:
         return processes.together(work, doing)
     processes.gather(None, doing)  # all are here, and what they do is known to who looks for the missing
     try:
@@ -46,8 +50,8 @@ def together(base: Base, work: Callable[[], Any], doing: str) -> list[Any]:
         if not memory.ran_out(error):
             raise
         raise ModelError(
-            f"out of memory while {doing}, and with distributed.shard: full no process can repeat that alone",
-            "training.micro_batch_tokens", "lower it, or set model.gradient_checkpointing: true",
+            f"out of memory while {doing}, and with layers held in parts no process can repeat that alone",
+            *(TRAINING if trains else NO_TRAINING),
         ) from error  # fmt: skip
     return processes.gather(said, doing)
 
@@ -61,7 +65,7 @@ def rest(role: Role, samples: Sequence[Sample], budget: int, *, packed: bool, tr
         sum(1 for _ in micro_batches([samples[i] for i in share], budget, packed=packed))
         for share in every_share(samples, packed=packed)
     ]
-    for _ in range(max(groups) - groups[processes.rank()]):
+    for _ in range(max(groups) - groups[sequence.group()]):
         batch = checkpointing.made_up(role, SHORT)
         with role.active(train=train), torch.set_grad_enabled(backward):
             hidden = role.hidden(batch)

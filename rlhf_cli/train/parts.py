@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_cli.models import processes, sharding
+from rlhf_cli.models import mesh, processes, sharding
 from rlhf_cli.train import checkpoint
 
 Named = list[tuple[str, nn.Parameter]]
@@ -47,7 +47,7 @@ def clip(parameters: Sequence[nn.Parameter], limit: float, doing: str) -> float:
         sum(float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2 for split, grad in known if split is kind)
         for kind in (True, False)
     ]
-    norm = math.sqrt(sum(processes.gather(squares[0], doing)) + squares[1])
+    norm = math.sqrt(sum(processes.gather(squares[0], doing)[: mesh.count()]) + squares[1])  # of one copy
     if (scale := limit / (norm + 1e-6)) < 1.0:
         for _, grad in known:
             grad.mul_(scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_cli.data.batch import Batch, collate, micro_batches, size
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.models import checkpointing, memory, processes, sharding
+from rlhf_cli.models import checkpointing, memory, processes, sequence, sharding
 from rlhf_cli.models.roles import Role
 from rlhf_cli.runs.display import Display
 from rlhf_cli.train import checkpoint, lockstep, parts
@@ -49,19 +49,19 @@ OVERFLOWS = 20
 
 
 def batches(engine: Memory, role: Role, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
-    """The micro-batches of some samples, each with the places of its own among them: those of this process's share."""
+    """The micro-batches of some samples, each with the places of its own among them: those of this process's share, or
+    of its group's, whose processes each compute a part of the tokens."""
     packed = engine.packed and role.base.packed
     share = own_share(samples, packed=packed)
     chosen = [samples[i] for i in share]
     for group in micro_batches(chosen, engine.budget, packed=packed):
-        yield [share[i] for i in group], collate([chosen[i] for i in group], packed=packed).to(role.base.device)
+        batch = collate([chosen[i] for i in group], packed=packed).to(role.base.device)
+        yield [share[i] for i in group], replace(batch, dealt=packed and sequence.size() > 1)
 
 
 def own_share(samples: Sequence[Sample], *, packed: bool) -> Sequence[int]:
-    """Which of some samples this process computes: all when it is the only one."""
-    if processes.count() == 1:
-        return range(len(samples))
-    return lockstep.every_share(samples, packed=packed)[processes.rank()]
+    """Which of some samples this process, or its group, computes: all when there is no other."""
+    return lockstep.every_share(samples, packed=packed)[sequence.group()]
 
 
 def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[[], T], *, training: bool = False) -> T:
@@ -115,7 +115,7 @@ def infer(
             packed = engine.packed and role.base.packed
             lockstep.rest(role, samples, engine.budget, packed=packed, train=False, backward=False)
 
-        lockstep.together(role.base, own, f"asking the {role.name}")
+        lockstep.together(role.base, own, f"asking the {role.name}", trains=bool(engine.learners))
         return _everyones(found, role) if processes.count() > 1 else [found[i] for i in range(len(samples))]
 
     return within_memory(engine, samples, run)
@@ -225,6 +225,8 @@ def _share(
         engine.display.advance(len(group))
     train, packed = scaler is not None, engine.packed and role.base.packed
     lockstep.rest(role, work.samples, engine.budget, packed=packed, train=train, backward=train and not work.still)
+    if sequence.member():  # the first of its group tells what all of it found
+        return {"odd": odd, "sums": {"loss": [0.0, 1.0]}, "peaks": peaks, "tokens": 0}
     return {"odd": odd, "sums": sums, "peaks": peaks, "tokens": tokens}
 
 

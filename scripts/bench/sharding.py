@@ -1,10 +1,12 @@
-"""What a process holds when layers are shared out (distributed.shard: full), by the number of processes.
+"""What processes hold when layers are shared out (distributed.shard: full), by their number.
 
     python scripts/bench/sharding.py            a table for docs/BENCHMARKS.md
 
-A random Llama of 205 million parameters in float32 is trained for one step on a few rows, whole and with an adapter, by
-1, 2 and 4 processes of one machine. Each then says what it holds in main memory, beyond what it held before the model
-was loaded. Beside it stands what its parameters, its part of them and of the optimiser, take by count.
+A random Llama of 205 million parameters, filed in bfloat16, is trained in float32 for a step on a few rows, whole, with
+an adapter, and with one on four bits, by 1, 2 and 4 processes of one machine. Each then says what it holds in main
+memory, beyond what it held before the model was loaded. Beside it stands what its parameters, its part of them and of
+the optimiser, take by count. And what all of them together hold at most while they load, beyond what they held before
+(a page that several have mapped counts once), one after the other as they do, and all at once.
 """
 
 from __future__ import annotations
@@ -16,13 +18,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = (1, 2, 4)
 SIZE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16}
-KINDS = {"whole model (sft)": None, "LoRA (sft)": {"r": 16, "alpha": 32}}
+LORA = {"r": 16, "alpha": 32}
+KINDS: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "whole model": (None, "none"), "LoRA": (LORA, "none"), "LoRA on nf4": (LORA, "nf4")
+}  # fmt: skip
+
+
+LOOK = 0.02
+"""Seconds between two looks at what processes hold while they load."""
 
 
 def make_model(folder: Path) -> None:
@@ -42,14 +52,19 @@ def make_model(folder: Path) -> None:
     config = LlamaConfig(vocab_size=len(tokens), num_attention_heads=16, num_key_value_heads=16,
                          max_position_embeddings=256, eos_token_id=2, bos_token_id=1, pad_token_id=0,
                          **SIZE)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def recipe(out: Path, lora: dict[str, Any] | None) -> dict[str, Any]:
+def recipe(out: Path, lora: dict[str, Any] | None, quantization: str) -> dict[str, Any]:
     return {
         "stage": "sft",
-        "model": {"name_or_path": str(out / "model"), "dtype": "float32", "gradient_checkpointing": True},
+        "model": {
+            "name_or_path": str(out / "model"),
+            "dtype": "float32",
+            "gradient_checkpointing": True,
+            "quantization": quantization,
+        },
         "lora": lora,
         "data": {"train": str(out / "rows.jsonl"), "max_length": 64},
         "training": {"learning_rate": 1e-4, "batch_size": 4, "max_steps": 1, "micro_batch_tokens": 64},
@@ -60,17 +75,29 @@ def recipe(out: Path, lora: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def child(path: Path) -> None:
+def held(process: int | str) -> int:
+    """Bytes of main memory of a process; pages that others have mapped too by their share. 0: it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def child(path: Path, *, at_once: bool) -> None:
     """One process: the real command up to its first step; then what it holds, printed."""
     from rlhf_cli.cli.app import main
-    from rlhf_cli.models import base, memory, sharding
+    from rlhf_cli.models import build, memory, mesh, processes, sharding
     from rlhf_cli.train.engine import Engine
 
-    load, before = base.AutoModelForCausalLM.from_pretrained, [0]
+    load, before = build.load_base, [0, 0]
 
     def loading(*arguments: Any, **more: Any) -> Any:
-        before[0] = memory.resident()
-        return load(*arguments, **more)
+        before[:] = [memory.resident(), held("self")]
+        path.with_name(f"loads-{os.getpid()}").touch()
+        model = load(*arguments, **more)
+        path.with_name(f"loads-{os.getpid()}").unlink()
+        return model
 
     def after(engine: Engine, metrics: dict[str, float]) -> None:
         gc.collect()
@@ -79,58 +106,72 @@ def child(path: Path) -> None:
         tensors = [sharding.held(p) for p in learner.role.base.model.parameters()]
         tensors += [t for state in learner.optimizer.state.values() for t in state.values()]
         counted = sum(t.numel() * t.element_size() for t in tensors)
-        found = {"resident": memory.resident() - before[0], "counted": counted}
+        found = {"resident": memory.resident() - before[0], "counted": counted, "before": before[1]}
         print("FOUND " + json.dumps(found), flush=True)
         if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            from rlhf_cli.models import processes
-
             assert len(processes.gather(found, "measuring")) == world
         os._exit(0)
 
-    base.AutoModelForCausalLM.from_pretrained = loading
+    build.load_base = loading
+    if at_once:
+        mesh.in_turn = processes.together  # type: ignore[assignment]
     Engine.tick = after  # type: ignore[assignment,method-assign]
     sys.argv = ["rlhf", "sft", str(path), "--quiet"]
     main()
 
 
-def measured(out: Path, lora: dict[str, Any] | None, world: int) -> list[dict[str, float]]:
-    """What each of so many processes found."""
+def measured(
+    out: Path, kind: tuple[dict[str, Any] | None, str], world: int, *, at_once: bool = False
+) -> tuple[list[dict[str, float]], float]:
+    """What each of so many processes found, and what they held together at most while they loaded."""
     path = out / "recipe.json"
-    path.write_text(json.dumps(recipe(out, lora)), encoding="utf-8")
+    path.write_text(json.dumps(recipe(out, *kind)), encoding="utf-8")
     start = [sys.executable]
     if world > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": "", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*start, str(ROOT / "scripts/bench/sharding.py"), "--child", str(path)],
-                          env=environment, capture_output=True, text=True, check=False)  # fmt: skip
-    found = [json.loads(part.partition("\n")[0]) for part in done.stdout.split("FOUND ")[1:]]
+    line = [*start, str(ROOT / "scripts/bench/sharding.py"), "--child", str(path), *["--at-once"] * at_once]
+    said, most, known = out / "said", 0, set[str]()
+    with said.open("w", encoding="utf-8") as file:
+        run = subprocess.Popen(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        while run.poll() is None:
+            loading = [path.name.partition("-")[2] for path in out.glob("loads-*")]
+            known |= set(loading)
+            most = max(most, sum(map(held, known))) if loading else most
+            time.sleep(LOOK)
+    text = said.read_text(encoding="utf-8")
+    found = [json.loads(part.partition("\n")[0]) for part in text.split("FOUND ")[1:]]
     if len(found) != world:
-        sys.exit(f"{world} processes: exit {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    return found
+        sys.exit(f"{world} processes: exit {run.returncode}\n{text[-4000:]}")
+    return found, most - sum(one["before"] for one in found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--at-once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        return child(options.child)
+        return child(options.child, at_once=options.at_once)
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         make_model(out / "model")
         rows = [{"prompt": "abc", "completion": f" def {i}"} for i in range(8)]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print("| trained | processes | held by count, MiB | resident at rest, MiB (most of all) | of one process |")
-        print("|---|---|---|---|---|")
-        for name, lora in KINDS.items():
+        print("| trained | processes | held by count, MiB | resident at rest, MiB (most of all) | of one process "
+              "| all while they load, MiB | the same, all at once |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|")
+        for name, kind in KINDS.items():
             alone = 0.0
             for world in WORLDS:
-                found = measured(out, lora, world)
+                found, most = measured(out, kind, world)
+                other = measured(out, kind, world, at_once=True)[1] if world > 1 else most
                 counted, resident = (max(one[key] for one in found) / 2**20 for key in ("counted", "resident"))
                 alone = alone or resident
-                print(f"| {name} | {world} | {counted:,.0f} | {resident:,.0f} | {resident / alone:.2f} |", flush=True)
+                print(f"| {name} | {world} | {counted:,.0f} | {resident:,.0f} | {resident / alone:.2f} "
+                      f"| {most / 2**20:,.0f} | {other / 2**20:,.0f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

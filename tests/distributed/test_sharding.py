@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ PPO = {
 }
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft-full": ("sft", "chat", FULL | {"model": {"gradient_checkpointing": True}, "checkpoint": {"every": 2}}),
-    "sft-lora": ("sft", "chat", {}),
+    "sft-lora": ("sft", "chat", {"data": {"eval": None}, "evaluation": {"samples": 0}}),
     "dpo-lora": ("dpo", "pairs", {"objective": {"name": "dpo"}, "evaluation": {"every": 2}}),
     "dpo-full": ("dpo", "pairs", FULL | {"objective": {"name": "dpo"}, "model": {"gradient_checkpointing": True}}),
     "kto": ("dpo", "pairs", {"objective": {"name": "kto"}}),
@@ -38,13 +39,18 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`make(run, where, **more)`: the recipe of one of RUNS."""
-    world = tmp_path_factory.mktemp("world")
+def rows_of(world: Path) -> Path:
+    """A few rows of each kind."""
     for kind in ("chat", "pairs", "prompts"):
         for suffix, count in (("", 20), ("-eval", 3)):
             w.write_rows(world / f"{kind}{suffix}.jsonl", w.rows(kind, count, 1))
+    return world
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """`make(run, where, **more)`: the recipe of one of RUNS."""
+    world = rows_of(tmp_path_factory.mktemp("world"))
     out = tmp_path_factory.mktemp("runs")
 
     def recipe(run: str, where: str, **more: Any) -> dict[str, Any]:
@@ -64,14 +70,20 @@ def alone(content: dict[str, Any], *options: object) -> Outcome:
         return run_cli(content["stage"], path, *options)
 
 
-def in_two(recipes: list[tuple[dict[str, Any], list[str]]], folder: Path) -> None:
-    """In two processes, one run after the other. Fails with what they said."""
+def in_two(
+    recipes: list[tuple[dict[str, Any], list[str]]], folder: Path, wrong: dict[str, Any] | None = None
+) -> list[str]:
+    """In two processes, one run after the other, and a wrong one; its errors. Fails with what they said."""
     lines: list[list[object]] = []
     for content, options in recipes:
         path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
         lines.append([content["stage"], str(path), *options])
+    good = len(lines)
+    if wrong is not None:
+        lines.append([wrong["stage"], str(w.save(wrong, Path(wrong["output_dir"]).with_suffix(".yaml")))])
     codes, said = several.launch(folder, lines, 2)
-    assert codes == [0] * len(lines), said[-3000:]
+    assert codes == [0] * good + [2] * (len(lines) - good), said[-3000:]
+    return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +141,23 @@ def test_two_processes_that_share_the_layers_out_equal_one(runs: Path, run: str)
     assert "sharded: each of 2 processes holds" in (two / "run.log").read_text()
 
 
+@pytest.mark.parametrize(("run", "forwards"), [("sft-lora", 2), ("dpo-lora", 3)])
+def test_what_is_sent_is_the_formula(
+    make: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path, run: str, forwards: int
+) -> None:
+    """Gathered for a forward and a backward pass; of dpo, also for a forward of the reference."""
+    path = w.save(make(run, "two", **SHARD), tmp_path / "r.yaml")
+    told = json.loads(run_cli("plan", path, "--no-time", "--json", "--world-size", 2).out)["communication"]
+    rows = [row for row in w.lines(runs / f"{run}-two" / "metrics.jsonl") if row["step"] and "eval/loss" not in row]
+    assert rows
+    gathered = [row["distributed/gathered_bytes"] / (told["matrices"] / 2) for row in rows]
+    if len(rows) == SMALL["max_steps"]:
+        assert sum(gathered) == pytest.approx(told["micro_batches"] * forwards * len(rows), rel=1e-9)
+    assert all(count % forwards == 0 for count in gathered), "whole passes over the layers, by turns"
+    assert told["gathered"] == pytest.approx(told["micro_batches"] * 2 * told["matrices"] / 2, rel=1e-9)
+    assert [row["distributed/gradient_bytes"] for row in rows] == [told["handed"]] * len(rows)
+
+
 def test_checkpoints_hold_whole_tensors(runs: Path) -> None:
     for step in ("step-000002", "step-000004"):
         same_tensors(runs / "sft-full-one" / "checkpoints" / step, runs / "sft-full-two" / "checkpoints" / step)
@@ -151,7 +180,7 @@ def test_one_process_has_nothing_to_share_out(make: Callable[..., dict[str, Any]
 @pytest.mark.parametrize(
     ("run", "more", "says"),
     [
-        ("sft-lora", {"model": {"quantization": "nf4"}}, "model.quantization is nf4: set one of them to none"),
+        ("sft-lora", {"model": {"quantization": "int8"}}, "cannot share out model.quantization int8: use nf4"),
         ("sft-full", {"training": {"optimizer": "adafactor"}}, "training.optimizer adafactor while lora is null"),
         ("sft-full", {"model": {"dtype": "float16"}}, "model.dtype float16 while lora is null: use bfloat16"),
         ("sft-lora", {"lora": {"use_dora": True}}, "lora.use_dora, which reads whole weights: use_dora: false"),

@@ -1,0 +1,111 @@
+"""distributed.shard: hybrid, on two machines of two processes: the numbers, files and checkpoints of one process; what
+is sent; where it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.errors import RecipeError
+from rlhf_cli.models import mesh
+from tests.conftest import run_cli
+from tests.distributed import machines
+from tests.distributed import test_sharding as plain
+from tests.distributed.test_sharding import alone, same_numbers, same_tensors
+from tests.stages import world as w
+
+HYBRID = {"distributed": {"shard": "hybrid", "timeout": 60}}
+FULL: dict[str, Any] = {"lora": None}
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft-full": (
+        "sft",
+        "chat",
+        FULL | {"checkpoint": {"every": 2}, "data": {"eval": None}, "evaluation": {"samples": 0}},
+    ),
+    "dpo-nf4": ("dpo", "pairs", {"objective": {"name": "dpo"}, "model": {"quantization": "nf4"}}),
+}
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    world, out = plain.rows_of(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("runs")
+
+    def recipe(run: str, where: str, **more: Any) -> dict[str, Any]:
+        stage, kind, own = RUNS[run]
+        made = w.recipe(stage, tiny_model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=plain.SMALL)
+        return w.merged(made, own, more)
+
+    return recipe
+
+
+def line(content: dict[str, Any], *options: object) -> list[object]:
+    path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
+    return [content["stage"], path, *options]
+
+
+@pytest.fixture(scope="module")
+def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for run in RUNS:
+        outcome = alone(make(run, "one"))
+        assert outcome.code == 0, outcome.err
+    first = alone(make("sft-full", "onefour"), "--max-steps", 2)
+    assert first.code == 0, first.err
+    lines = [line(make(run, "four", **HYBRID)) for run in RUNS]
+    lines += [
+        line(make("sft-full", "onefour", **HYBRID)),
+        line(make("sft-full", "fourone", **HYBRID), "--max-steps", 2),
+    ]
+    codes, said = machines.launch(tmp_path_factory.mktemp("lines"), lines, (2, 2))
+    assert codes == [0] * len(lines), said[-3000:]
+    last = alone(make("sft-full", "fourone"))
+    assert last.code == 0, last.err
+    return Path(make("sft-full", "one")["output_dir"]).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_two_machines_equal_one_process(runs: Path, run: str) -> None:
+    one, four = runs / f"{run}-one", runs / f"{run}-four"
+    same_numbers(one, four)
+    same_tensors(one / "final", four / "final")
+    assert "each of 4 processes (2 of a machine share its layers out) holds" in (four / "run.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["onefour", "fourone"])
+def test_a_run_goes_on_with_another_number_of_processes(runs: Path, change: str) -> None:
+    assert "resumed from" in (runs / f"sft-full-{change}" / "run.log").read_text()
+    same_numbers(runs / "sft-full-one", runs / f"sft-full-{change}")
+    same_tensors(runs / "sft-full-one" / "final", runs / f"sft-full-{change}" / "final")
+
+
+@pytest.mark.slow
+def test_what_is_sent_is_the_formula(make: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path) -> None:
+    path = w.save(make("sft-full", "four", **HYBRID), tmp_path / "r.yaml")
+    options = ("--no-time", "--json", "--world-size", 4, "--processes-per-machine", 2)
+    told = json.loads(run_cli("plan", path, *options).out)["communication"]
+    rows = [row for row in w.lines(runs / "sft-full-four" / "metrics.jsonl") if row["step"]]
+    for name, key in (("gathered", "gathered"), ("scattered", "scattered"), ("copied", "copied"),
+                      ("gradient", "handed")):  # fmt: skip
+        assert sum(row[f"distributed/{name}_bytes"] for row in rows) == pytest.approx(len(rows) * told[key], rel=1e-9)
+        assert told[key] > 0
+
+
+def agreed(*sizes: int) -> int:
+    """Of machines with so many processes each."""
+    return mesh._agreed([[place, size] for size in sizes for place in range(size)], hybrid=True)
+
+
+def test_it_is_refused_where_it_could_do_nothing() -> None:
+    assert agreed(2, 2) == 2
+    assert agreed(8, 8, 8) == 8
+    for sizes, words in (((4,), "all 4 processes are on one"), ((1, 1), "one process on each"),
+                         ((2, 3), "there are 2 and 3"), ((3, 2, 3), "there are 2 and 3")):  # fmt: skip
+        with pytest.raises(RecipeError, match=words) as caught:
+            agreed(*sizes)
+        assert len(str(caught.value).splitlines()) == 1
+        assert caught.value.exit_code == 2
