@@ -166,7 +166,7 @@ def test_nothing_happens_after_a_wrong_command_line(world: World, capsys: pytest
 def test_check(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import rlhf_cli.data.prepare as prepare
 
-    monkeypatch.setattr(prepare, "check_data", lambda recipe: ["12 rows kept", "3 dropped"])
+    monkeypatch.setattr(prepare, "check_data", lambda recipe, made: ["12 rows kept", "3 dropped"])
     assert run(capsys, "check", "r.yaml") == (0, ["r.yaml: fit for rlhf dpo; 12 rows kept; 3 dropped; new run"])
     Path("bad.yaml").write_text("stage: dpo\nlr: 1\n")
     code, lines = run(capsys, "check", "bad.yaml", "r.yaml", "none.yaml")
@@ -180,13 +180,30 @@ def test_check(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "seed" in lines[0]
     assert run(capsys, "check", "seed=1") == (2, ["error: rlhf check: no recipe is named (name it before the changes)"])
 
-    def broken(recipe: Any) -> list[str]:
+    def broken(recipe: Any, made: Any) -> list[str]:
         raise DataError("cut line", "p.jsonl:7777")
 
     monkeypatch.setattr(prepare, "check_data", broken)
     code, lines = run(capsys, "check", "bad.yaml", "r.yaml")
     assert code == 3
     assert lines[-1] == "error: r.yaml: p.jsonl:7777: cut line"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("kto", "kto is set in a recipe: objective.name: kto, for rlhf dpo"),
+        ("kto r.yaml", "kto is set in a recipe: objective.name: kto, for rlhf dpo r.yaml"),
+        ("grpo r.yaml", "grpo is set in a recipe: ppo.advantage.name: grpo, for rlhf ppo"),
+        ("nothing r.yaml", "try: rlhf dpo r.yaml"),
+        ("nothing", "rlhf --help shows the usage"),
+    ],
+)
+def test_a_method_that_is_no_command(world: World, capsys: pytest.CaptureFixture[str], words: str, hint: str) -> None:
+    code, lines = run(capsys, *words.split())
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"error: rlhf: No such command '{words.split(maxsplit=1)[0]}'.")
+    assert lines[0].endswith(f"({hint})")
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,7 @@ def test_the_model_of_a_starter_project_is_what_was_named(
     cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert cli("init", "one", "--model", "models/mine").code == 0
     content = yaml.safe_load(Path("one/recipes/sft.yaml").read_text())

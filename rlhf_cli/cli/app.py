@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_cli.catalog import STAGES
+from rlhf_cli.catalog import ESTIMATORS, OBJECTIVES, STAGES
 from rlhf_cli.cli.commands import commands
 from rlhf_cli.cli.help import Group, check_shell, dress
 from rlhf_cli.cli.options import emit, say
 from rlhf_cli.cli.stages import add_stages
 from rlhf_cli.errors import ModelError, Problem, RecipeError, RlhfError
 from rlhf_cli.recipe.glance import stage_of
+from rlhf_cli.runs.place import place
 
 HINT_FULL = "free some space, then run the same command again to resume"
 NO_MEMORY = (
@@ -49,11 +50,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if command not in STAGES and (here := place()).world > 1:
+        raise RecipeError(f"rlhf {command} runs in one process, and here are {here.world}", "torchrun",
+                          f"start it as rlhf {command}")  # fmt: skip
 
 
 add_stages(app)
@@ -130,11 +135,22 @@ def _usage(error: Any, arguments: list[str]) -> RecipeError:
     path = context.command_path if context else "rlhf"
     hint = f"{path} --help shows the usage"
     recipe = next(((name, stage) for name in arguments if (stage := stage_of(Path(name)))), None)
-    if path == "rlhf" and recipe is not None:
+    word = next((name for name in arguments if not name.startswith("-")), "")
+    if path == "rlhf" and (belongs := _belongs(word)) is not None:
+        hint = f"{word} is set in a recipe: {belongs[1]}, for rlhf {belongs[0]}"
+        hint += f" {recipe[0]}" if recipe is not None and recipe[1] == belongs[0] else ""
+    elif path == "rlhf" and recipe is not None:
         hint = f"try: rlhf {recipe[1]} {recipe[0]}"
     elif "option" in error.format_message() and path.removeprefix("rlhf ") in STAGES:
         hint += "; settings of the recipe are given as KEY.PATH=VALUE"
     return RecipeError(Problem(error.format_message(), path, hint))
+
+
+def _belongs(word: str) -> tuple[str, str] | None:
+    """The command and the key of a recipe for the name of an objective or an estimator."""
+    if word in OBJECTIVES:
+        return OBJECTIVES[word].stage, f"objective.name: {word}"
+    return ("ppo", f"ppo.advantage.name: {word}") if word in ESTIMATORS else None
 
 
 def _hardware(error: BaseException) -> RlhfError | None:

@@ -12,7 +12,7 @@ from rlhf_cli.cli import complete, tools
 from rlhf_cli.cli.explain import explanation, on_terminal
 from rlhf_cli.cli.options import Bare, Debug, Quiet, RecipeFile, Sets, emit, one_of, say
 from rlhf_cli.cli.stages import line_of
-from rlhf_cli.errors import RecipeError, RlhfError
+from rlhf_cli.errors import RecipeError
 
 commands = typer.Typer()
 
@@ -28,19 +28,14 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Check recipes and their data; no model is loaded."""
+    from rlhf_cli.cli.check import check_all
+
     tools.watch_garbage()
-    errors: list[RlhfError] = []
     changes = [word for word in recipes if tools.is_change(word)]
     paths = [word for word in recipes if word not in changes]
     if not paths:
         raise RecipeError("no recipe is named", "rlhf check", "name it before the changes")
-    for path in paths:
-        try:
-            say(tools.check_one(path, [*changes, *(sets or [])], line_of(context)))
-        except RlhfError as error:
-            errors.append(error)
-    if errors:
-        raise tools.together(errors)
+    check_all(paths, [*changes, *(sets or [])], line_of(context), say)
 
 
 @commands.command()
@@ -99,6 +94,9 @@ def plan(
     world_size: Annotated[
         int, typer.Option(metavar="N", help="Processes that torchrun would start; memory is that of each.")
     ] = 1,
+    processes_per_machine: Annotated[
+        int | None, typer.Option(metavar="N", help="Of them on each machine, for distributed.shard hybrid.")
+    ] = None,
     no_time: Annotated[bool, typer.Option("--no-time", help="Do not estimate how long it takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     debug: Debug = False,
@@ -108,7 +106,9 @@ def plan(
 
     tools.watch_garbage()
     given = [*(bare or []), *(sets or [])]
-    for line in make(recipe, given, vram, timed=not no_time, as_json=as_json, world=world_size):
+    lines = make(recipe, given, vram, timed=not no_time, as_json=as_json, world=world_size,
+                 beside=processes_per_machine)  # fmt: skip
+    for line in lines:
         (emit if as_json else say)(line)
 
 

@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 GIB = 2**30
+CPU = "this CPU"
 
 
 def make(
-    path: str, overrides: Sequence[str], vram: float | None, *, timed: bool, as_json: bool, world: int = 1
+    path: str,
+    overrides: Sequence[str],
+    vram: float | None,
+    *,
+    timed: bool,
+    as_json: bool,
+    world: int = 1,
+    beside: int | None = None,
 ) -> list[str]:
     """The lines of the plan, or its JSON as one. Raises RlhfError."""
     from rlhf_cli.recipe.inherit import inherit_adapter
@@ -43,7 +51,7 @@ def make(
     from rlhf_cli.stages.plan import plan
     from rlhf_cli.stages.plan_advice import advice, headroom
 
-    found = plan(recipe, vram, timed=timed, world=world)
+    found = plan(recipe, vram, timed=timed, world=world, beside=beside)
     fits = found.estimate.peak <= found.target.room
     changes = advice(found, reread) if not fits else []
     largest = headroom(found, reread) if fits and found.target.kind == "cuda" else None
@@ -65,7 +73,7 @@ def make(
 def _what(plan: Plan) -> list[str]:
     stand, recipe = plan.model.standing, plan.recipe
     total = stand.weights.numbers + stand.adapters
-    how = "all weights" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
+    how = "all weights" if recipe.lora is None else f"{recipe.lora.kind} r {recipe.lora.r}"
     lines = [
         f"rlhf {recipe.stage}: {recipe.model.name_or_path}, {how}",
         f"parameters: {stand.weights.numbers:,} of the base ({stand.weights.quantised:,} of them quantised), "
@@ -103,7 +111,20 @@ def _memory(plan: Plan) -> list[str]:
         f"micro-batches of {estimate.budget:,} tokens, activations of {estimate.recomputed} of {plan.model.layers} "
         f"layers recomputed; measured on {plan.model.measured.tokens} tokens"
     )
-    return lines
+    if plan.target.kind == "cuda" and _device() == CPU:
+        lines.append("(micro-batches are those of a card, which takes larger ones than a run on this CPU would)")
+    return [*lines, *_server(plan)]
+
+
+def _server(plan: Plan) -> list[str]:
+    """What is not planned where a server samples."""
+    rollout = getattr(plan.recipe, "rollout", None)
+    if rollout is None or rollout.engine != "vllm":
+        return []
+    return [
+        f"the vLLM server {rollout.server} samples: its weights, its cache and its time are its own and "
+        "not in this plan; on the same card it takes the share that rlhf serve-rollouts gives it"
+    ]
 
 
 def _traffic(plan: Plan) -> list[str]:
@@ -111,7 +132,7 @@ def _traffic(plan: Plan) -> list[str]:
     of = plan.traffic
     if of is None:
         return []
-    share = f"{of.world - 1}/{of.world}"
+    share, parted = (f"{n - 1}/{n}" for n in (of.world, of.parts))
     times = f"{of.updates:g} updates x " if of.updates != 1 else ""
     lines = [
         f"each of {of.world} processes sends {_size(of.sent)} a {_unit(plan)} for what is trained:",
@@ -120,10 +141,14 @@ def _traffic(plan: Plan) -> list[str]:
     ]
     if of.matrices:
         often = f"{times}{of.micro_batches:.3g} micro-batches x"
-        lines.append(f"  layers gathered: {often} 2 (forward, backward) x {_size(of.matrices)} x {share} = "
+        lines.append(f"  layers gathered: {often} 2 (forward, backward) x {_size(of.matrices)} x {parted} = "
                      f"{_size(of.gathered)}; a forward without gradient gathers them once more")  # fmt: skip
     if of.spread:
-        lines.append(f"  gradients of parts: {often} 4 bytes x {of.spread:,} numbers x {share} = {_size(of.scattered)}")
+        size = f"4 bytes x {of.spread:,} numbers"
+        lines.append(f"  gradients of parts: {often} {size} x {parted} = {_size(of.scattered)}")
+        if of.copies > 1:
+            ring = f"2 x {of.copies - 1}/{of.copies}"
+            lines.append(f"  between {of.copies} machines: {often} {size} / {of.parts} x {ring} = {_size(of.copied)}")
     return lines
 
 
@@ -147,11 +172,14 @@ def _time(plan: Plan) -> list[str]:
     if plan.seconds is None:
         return []
     unit, where = _unit(plan), _device()
-    text = f"time, estimated from two measured layers on {where}: {plan.seconds:.3g} s a {unit}, "
-    lines = [text + f"{_long(plan.seconds * plan.data.steps)} for the run without evaluations and checkpoints"]
+    spread = plan.model.measured.spread
+    turns = "measured once" if spread is None else f"its measurements lie {100 * spread:.0f} % apart"
+    long = f"{plan.seconds:.3g} s a {unit}, {_long(plan.seconds * plan.data.steps)}"
+    lines = [f"time, estimated from two layers on {where}, as busy as it is now ({turns}): {long} for the run "
+             "without evaluations and checkpoints"]  # fmt: skip
     if plan.traffic is not None:
         lines.append(f"(shared evenly among {plan.target.world} processes; what they send one another is not in it)")
-    if plan.target.given and where == "this CPU":
+    if plan.target.given and where == CPU:
         lines.append("(of a card that is not here nothing is known but its memory)")
     return lines
 
@@ -159,7 +187,7 @@ def _time(plan: Plan) -> list[str]:
 def _device() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
 
 
 def _long(seconds: float) -> str:
@@ -207,10 +235,12 @@ def plain(plan: Plan, changes: Sequence[Change], largest: int | None) -> dict[st
             "layers": plan.model.layers, "measured_tokens": plan.model.measured.tokens,
         },
         "time": None if plan.seconds is None else {
-            "device": _device(), "seconds_per_step": plan.seconds, "seconds": plan.seconds * data.steps},
+            "device": _device(), "seconds_per_step": plan.seconds, "seconds": plan.seconds * data.steps,
+            "spread": plan.model.measured.spread},
         "world_size": plan.target.world,
         "communication": None if plan.traffic is None else asdict(plan.traffic) | {
-            name: getattr(plan.traffic, name) for name in ("handed", "ring", "gathered", "scattered", "sent")},
+            name: getattr(plan.traffic, name)
+            for name in ("handed", "ring", "gathered", "scattered", "copied", "sent")},
         "fits": estimate.peak <= plan.target.room,
         "largest_micro_batch_tokens": largest,
         "changes": [change._asdict() for change in changes],

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SHARE, SHARED = 0.9, 0.5
 """Of a card's memory for the server: when it has the card for itself, and when it sleeps while others use it."""
 HTTP = 80
+KEY = "VLLM_API_KEY"
+"""Where vLLM looks for its key."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,15 @@ class Served:
     """What is added to that of this process."""
     address: str
 
+    key: str | None = None
+    """The environment variable that holds the API key it is to ask for."""
+
     @property
     def line(self) -> str:
-        """The command as a shell takes it."""
-        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), shlex.join(self.arguments)])
+        """The command as a shell takes it, the key by the name of its variable."""
+        key = [] if self.key is None else [f'{KEY}="${self.key}"']
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return " ".join([*key, *variables, shlex.join(self.arguments)])
 
 
 def server_of(
@@ -84,7 +91,8 @@ def server_of(
     if rollout.sleep:
         arguments.append("--enable-sleep-mode")
         environment["VLLM_SERVER_DEV_MODE"] = "1"
-    return Served(arguments, environment, f"http://{host if ':' not in host else f'[{host}]'}:{port}")
+    address = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
+    return Served(arguments, environment, address, rollout.api_key_env)
 
 
 def _place(address: str) -> tuple[str, int]:
@@ -144,11 +152,16 @@ def installed(program: str | None) -> str:
 
 
 def serve(program: str, served: Served) -> None:
-    """Run it until it ends, by that program. Raises ModelError when it fails, Interrupted when a signal ended it."""
+    """Run it until it ends, by that program. Raises RecipeError when there is no key, ModelError when it fails,
+    Interrupted when a signal ended it."""
+    from rlhf_cli.rollouts.server import key_of
+
     came: list[int] = []
+    key = key_of(served.key, "rollout.api_key_env")
     try:
         command = [program, *served.arguments[1:]]
-        child = subprocess.Popen(command, env={**os.environ, **served.environment}, start_new_session=True)
+        environment = {**os.environ, **served.environment, **({KEY: key} if key else {})}
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
     except OSError as error:
         raise ModelError(f"cannot be started: {error.strerror}", program) from error
 

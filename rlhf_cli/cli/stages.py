@@ -128,13 +128,14 @@ def _eval(
     debug: Debug = False,
 ) -> None:
     from rlhf_cli.recipe.reader import quote
+    from rlhf_cli.runs.place import place
 
     if as_json and dry_run:
         raise RecipeError("--json and --dry-run exclude each other: a dry run has no figures", "command line")
     more = [f"against=[{', '.join(map(quote, against))}]"] if against else []
     overrides = [*(bare or []), *(sets or []), *_shorthands(output_dir, None, seed, None), *more]
     path = _train("eval", recipe, overrides, Options(resume, dry_run, debug), quiet, verbose, line_of(context))
-    if as_json:
+    if as_json and place().first:
         emit(tools.figures(path))
 
 
@@ -166,8 +167,6 @@ def _train(
         raise RecipeError("--quiet and --verbose exclude each other", "command line")
     recipe = inherit_adapter(read_recipe(path, overrides, stage))
     here = place()
-    if here.world > 1 and not STAGES[stage].trains:
-        raise RecipeError(f"rlhf {stage} runs in one process", "torchrun", f"start it as rlhf {stage} RECIPE")
     display = make_display(quiet, verbose, stage) if here.first else Mute()
     run = _open(recipe, line, options, here)
     try:
@@ -196,12 +195,15 @@ def _open(recipe: Any, line: str, options: Options, here: Place) -> Run:
     """The run directory, with the other processes if there are some."""
     from rlhf_cli.runs.directory import Run
 
+    asked = getattr(recipe, "distributed", None)
     if here.world == 1:
+        if asked is not None and asked.sequence_parallel > 1:
+            raise RecipeError(f"{asked.sequence_parallel} processes are to share each sequence, and there is one",
+                              "distributed.sequence_parallel", "start them with torchrun, or set 1")  # fmt: skip
         return Run.open(recipe, line, options.resume)
     from rlhf_cli.stages.company import open_together
 
-    asked = recipe.distributed
-    return open_together(recipe, line, options.resume, here, asked.timeout, shard=asked.shard == "full")
+    return open_together(recipe, line, options.resume, here, recipe.distributed)
 
 
 def line_of(context: typer.Context) -> str:

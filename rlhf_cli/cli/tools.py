@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,37 +129,6 @@ def figures(path: Path) -> str:
 def is_change(word: str) -> bool:
     """Whether a word among recipes is an override, KEY.PATH=VALUE, and no file."""
     return re.match(r"[\w.]+=", word) is not None and not Path(word).exists()
-
-
-def check_one(path: str, overrides: Sequence[str], command: str) -> str:
-    """Check a recipe, its data and its run directory, loading no model. Returns a line; raises what is wrong."""
-    from rlhf_cli.data.prepare import check_data
-    from rlhf_cli.recipe.inherit import inherit_adapter
-    from rlhf_cli.recipe.reader import read_recipe
-    from rlhf_cli.runs.directory import Run
-
-    recipe = inherit_adapter(read_recipe(path, overrides, None))
-    found: list[RlhfError] = []
-    lines: list[str] = []
-    try:
-        lines += check_data(recipe)
-    except RlhfError as error:
-        found.append(_named(error, path))
-    try:
-        run = Run.open(recipe, command, "auto")
-        run.close()
-        lines.append({"fresh": "new run", "resume": "run to be resumed", "done": "up to date"}[run.status])
-    except RlhfError as error:
-        found.append(_named(error, path))
-    if found:
-        raise together(found)
-    return f"{path}: fit for rlhf {recipe.stage}; {'; '.join(lines)}"
-
-
-def _named(error: RlhfError, path: str) -> RlhfError:
-    """The same error, its problems placed in the recipe that was checked."""
-    places = [f"{path}: {problem.where}" if problem.where else path for problem in error.problems]
-    return type(error)([replace(problem, where=place) for problem, place in zip(error.problems, places, strict=True)])
 
 
 def together(errors: Sequence[RlhfError]) -> RlhfError:

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_cli.data import rows, sources
 from rlhf_cli.data.examples import Message, Prompt
 from rlhf_cli.data.grouping import Dropped
-from rlhf_cli.data.quarantine import BadRows, bad_rows, refuse
+from rlhf_cli.data.quarantine import BadRows, Rows, bad_rows, refuse
 from rlhf_cli.data.report import DataReport, SourceReport, tally
 from rlhf_cli.data.rows import BadRow, Row
 from rlhf_cli.errors import DataError
@@ -96,15 +96,15 @@ def read_completions(
     bad: list[BadRows] = []
     reports: list[SourceReport] = []
     for source in settings:
-        items, dropped, count, columns = _read(source, scored)
-        bad.append(bad_rows(source, dropped, count))
+        items, dropped, columns, of = _read(source, scored)
+        bad.append(of)
         reports.append(
             SourceReport(
                 split="completions",
                 path=source.path,
                 format="completions",
                 detected=source.format == "auto",
-                rows=count,
+                rows=of.rows,
                 examples=len(items),
                 kept=len(items),
                 weight=source.weight,
@@ -139,17 +139,18 @@ def plain_prompt(prompt: Prompt) -> Any:
 # --- rows ------------------------------------------------------------------------------------------------
 
 
-def _read(source: SourceSettings, scored: bool) -> tuple[list[Candidate], list[Dropped], int, list[str]]:
-    """What a source gives, the rows it refuses, the number of rows and the columns of the first ones."""
+def _read(source: SourceSettings, scored: bool) -> tuple[list[Candidate], list[Dropped], list[str], BadRows]:
+    """What a source gives, the rows it refuses, the columns of the first ones, and what becomes of those refused."""
     if source.format not in ("auto", "completions"):
         raise DataError(
             f"format {source.format} is not one of completions: rows have columns prompt and completion, or prompt "
             "and completions", source.path, "leave format out, and name your columns in `columns`",
         )  # fmt: skip
-    read = sources.read(source)
+    whole = Rows(source)
+    read = iter(whole)
     head = list(itertools.islice(read, LOOKED_AT))
     if not head:
-        raise DataError("holds no rows", source.path)
+        raise whole.broken or DataError("holds no rows", source.path)
     columns = list(dict.fromkeys(c for _, row in head for c in row))
     sources.check_columns(source, columns, [row for _, row in head])
     _check_columns(columns, source.path, scored)
@@ -162,7 +163,7 @@ def _read(source: SourceSettings, scored: bool) -> tuple[list[Candidate], list[D
             items += _candidates(row, where, scored)
         except BadRow as error:
             bad.append(Dropped(str(error), where))
-    return items, bad, count, columns
+    return items, bad, columns, bad_rows(source, bad, count, whole.broken)
 
 
 def _check_columns(columns: Sequence[str], where: str, scored: bool) -> None:

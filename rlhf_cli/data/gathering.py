@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from rlhf_cli.data import formats, sources
 from rlhf_cli.data.examples import digest
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.heap import Heap
-from rlhf_cli.data.quarantine import BadRows, bad_rows
+from rlhf_cli.data.quarantine import BadRows, Rows, bad_rows
 from rlhf_cli.data.reading import Finished, Format, Wanted
 from rlhf_cli.data.report import SourceReport, tally
-from rlhf_cli.data.rows import BadRow
+from rlhf_cli.data.rows import BadRow, truth
 from rlhf_cli.data.suited import nothing_to_learn, suited
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.settings.data import SourceSettings
@@ -27,6 +27,7 @@ READ_FOR: dict[str, Need] = {
 """What an objective must need for a column of pairs to be read."""
 LOOKED_AT = 16
 """How many rows decide the format of a source."""
+IMITATED = "imitated like the others; keep the true ones, or learn from both with rlhf dpo and objective.name: kto"
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Read:
 
 def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str) -> Read:
     """A source read to its end. Raises DataError when it cannot be read, holds no rows or has none of the columns."""
-    rows = sources.read(settings)
+    whole = Rows(settings)
+    rows = iter(whole)
     head = list(itertools.islice(rows, LOOKED_AT))
     if not head:
-        raise DataError("holds no rows", settings.path)
+        raise whole.broken or DataError("holds no rows", settings.path)
     columns = list(dict.fromkeys(c for _, row in head for c in row))
     sources.check_columns(settings, columns, [row for _, row in head])
     chosen = (
@@ -60,7 +62,11 @@ def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str
     names = dict.fromkeys(columns + sources.keys_of_messages(columns, [row for _, row in head]))
     together = chosen.finish.get(kind)
     found: list[Any] | Heap = Heap() if together is None else []
-    bad, count = _examples(itertools.chain(head, rows), chosen, kind, names, found)
+    located: Iterator[sources.Located] = itertools.chain(head, rows)
+    labels = _Labels()
+    if kind == "demonstration" and "label" not in chosen.reads:
+        located = labels.watched(located)
+    bad, count = _examples(located, chosen, kind, names, found)
     done = Finished([], []) if together is None else together(list(found), wanted)
     items, unfit, unused = suited(found if together is None else done.items, wanted)
     bad += unfit
@@ -77,8 +83,38 @@ def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str
         digest=digest(items),
         dropped=tally(bad + done.dropped + unused),
     )
-    warnings = (*done.warnings, *nothing_to_learn(items))
-    return Read(items, bad_rows(settings, bad, count), report, tuple(f"{split} {settings.path}: {w}" for w in warnings))
+    warnings = (*done.warnings, *nothing_to_learn(items), *labels.warnings(count))
+    return Read(
+        items,
+        bad_rows(settings, bad, count, whole.broken),
+        report,
+        tuple(f"{split} {settings.path}: {w}" for w in warnings),
+    )
+
+
+class _Labels:
+    """Verdicts in a column `label` that nothing reads."""
+
+    def __init__(self) -> None:
+        self._false: list[str] = []
+        self._strange = False
+
+    def watched(self, located: Iterable[sources.Located]) -> Iterator[sources.Located]:
+        """The same rows."""
+        for where, row in located:
+            try:
+                if row.get("label") is not None and not truth(row, "label"):
+                    self._false.append(where)
+            except BadRow:
+                self._strange = True  # labels that say something else
+            yield where, row
+
+    def warnings(self, rows: int) -> list[str]:
+        """How many say false, where the column holds verdicts."""
+        if self._strange or not self._false:
+            return []
+        places = ", ".join(self._false[:3]) + (", ..." if len(self._false) > 3 else "")
+        return [f"{len(self._false)} of {rows} rows are labelled false ({places}) and {IMITATED}"]
 
 
 def _used(column: str, chosen: Format, wanted: Wanted) -> bool:

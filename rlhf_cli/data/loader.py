@@ -34,9 +34,14 @@ class Loader:
         return random.permutation(pool)
 
     @property
+    def epoch_size(self) -> int:
+        """Examples in one epoch; one that is dealt twice counts twice."""
+        return len(self._order)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in one epoch."""
-        return math.ceil(len(self._order) / self.batch_size)
+        return math.ceil(self.epoch_size / self.batch_size)
 
     @property
     def position(self) -> float:

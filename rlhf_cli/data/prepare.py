@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_cli.catalog import OBJECTIVES, SELECTIONS, Data, Need
 from rlhf_cli.data.completions import read_completions
-from rlhf_cli.data.examples import Task
+from rlhf_cli.data.examples import Example, Task
 from rlhf_cli.data.gathering import read_source
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.heap import Heap, joined
@@ -20,11 +20,12 @@ from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.report import DataReport, Lint, joined_words, shared_prompts, tally, token_report
 from rlhf_cli.data.shelf import Shelf
 from rlhf_cli.data.split import How, Split, make_split
-from rlhf_cli.data.template import Template
+from rlhf_cli.data.template import NO_TEMPLATE, NO_TEMPLATE_HINT, Template
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.data_stages import SampleRecipe, ScoreRecipe, SelectRecipe
 from rlhf_cli.recipe.evaluation import EvalRecipe
+from rlhf_cli.recipe.local_model import Told, told_of
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.recipe.settings.blocks import terms_of
 from rlhf_cli.recipe.settings.data import DataSettings, RewardDataSettings, SFTDataSettings, SourceSettings
@@ -147,33 +148,58 @@ EVALUATED: dict[str, Data] = {
 """The kind of example under each key of `data` of an evaluation."""
 
 
-def check_data(recipe: Work) -> list[str]:
-    """Reads every row of a recipe's data without a tokenizer; lines for people. Raises DataError as the commands do."""
-    if isinstance(recipe, SampleRecipe):
-        data = recipe.data
-        return load_examples(data.prompts, "task", data.on_bad_row, split="prompts",
-                             max_bad_rows=data.max_bad_rows)[1].lines()  # fmt: skip
+def check_data(recipe: Work, made: Container[str] = ()) -> list[str]:
+    """Reads every row of a recipe's data without a tokenizer; lines for people. made: names of runs that are still to
+    be made. Raises DataError as the commands do, also for chat messages where the model's folder has no template."""
+    told, words = told_of(recipe, made), "lengths not checked: tokens are counted when the stage starts (try --dry-run)"
     if isinstance(recipe, ScoreRecipe | SelectRecipe):
         scored = isinstance(recipe, SelectRecipe) and SELECTIONS[recipe.selection.name].scored
-        gate = recipe.data
-        return read_completions(gate.completions, gate.on_bad_row, gate.max_bad_rows, scored=scored).report.lines()
-    if isinstance(recipe, EvalRecipe):
-        judged, given = recipe.data, recipe.data.given()
-        wanted = {key: Wanted(**recipe.cut()) if key == "steps" else Wanted() for key in given}
-        read = [load_examples(sources, EVALUATED[key], judged.on_bad_row, wanted[key], key, judged.max_bad_rows)
-                for key, sources in given.items()]  # fmt: skip
-        return [line for _, report in read for line in report.lines()]
-    assert isinstance(recipe, Recipe)
-    loaded = _load(recipe.data, *data_needs(recipe))
-    shared = [loaded["eval"][0].items[i].where for i in _both(loaded)]
+        gate, there = recipe.data, _there(recipe.data.completions, made)
+        if not there:
+            return []
+        return read_completions(there, gate.on_bad_row, gate.max_bad_rows, scored=scored).report.lines()
+    data: Any = recipe.data  # type: ignore[attr-defined]
+    read = []
+    for split, sources, kind, wanted in _gates(recipe, made):
+        if there := _there(sources, made):
+            found, report = load_examples(there, kind, data.on_bad_row, wanted, split, data.max_bad_rows)
+            _check_template(found.items, told)
+            read.append((split, found, report))
+    if isinstance(recipe, SampleRecipe | EvalRecipe):
+        return [line for _, _, report in read for line in report.lines()]
+    loaded = {split: (found, report) for split, found, report in read if split in ("train", "eval")}
+    both = _both(loaded) if "train" in loaded else {}
+    shared = [loaded["eval"][0].items[i].where for i in both]
     lines = _merged([report for _, report in loaded.values()], shared).lines()
-    if isinstance(recipe, PPORecipe) and recipe.ppo.ptx is not None:
-        _, report = load_examples(
-            recipe.ppo.ptx.data, "demonstration", recipe.data.on_bad_row, split="ptx",
-            max_bad_rows=recipe.data.max_bad_rows,
-        )  # fmt: skip
-        lines += report.lines()
-    return [*lines, "lengths not checked: tokens are counted when the stage starts (try --dry-run)"]
+    return [*lines, *(line for split, _, report in read if split == "ptx" for line in report.lines()), words]
+
+
+def _there(sources: Sequence[SourceSettings], made: Container[str]) -> list[SourceSettings]:
+    return [source for source in sources if source.path not in made]
+
+
+def _gates(recipe: Work, made: Container[str]) -> Iterator[tuple[str, list[SourceSettings], Data, Wanted]]:
+    """Each split of a recipe's data: its sources, what they are read as, and for what."""
+    if isinstance(recipe, SampleRecipe):
+        yield "prompts", recipe.data.prompts, "task", Wanted()
+    elif isinstance(recipe, EvalRecipe):
+        for key, sources in recipe.data.given().items():
+            known = key == "steps" and recipe.model.name_or_path not in made
+            yield key, sources, EVALUATED[key], Wanted(**recipe.cut()) if known else Wanted()
+    else:
+        assert isinstance(recipe, Recipe)
+        kind, needs = data_needs(recipe)
+        for split, sources in _splits(recipe.data).items():
+            yield split, sources, kind, wanted_of(recipe.data, needs)
+        if isinstance(recipe, PPORecipe) and recipe.ppo.ptx is not None:
+            yield "ptx", recipe.ppo.ptx.data, "demonstration", Wanted()
+
+
+def _check_template(items: Sequence[Example], told: Told) -> None:
+    """DataError for the first chat messages where the tokenizer is known to have no template."""
+    chat = next((i for i in items if isinstance(i.prompt, tuple)), None) if told.template is False else None
+    if chat is not None:
+        raise DataError(NO_TEMPLATE, chat.where, NO_TEMPLATE_HINT)
 
 
 def data_needs(recipe: Recipe) -> tuple[Data, tuple[Need, ...]]:
@@ -187,13 +213,22 @@ def data_needs(recipe: Recipe) -> tuple[Data, tuple[Need, ...]]:
 
 def _load(data: DataSettings, kind: Data, needs: tuple[Need, ...]) -> dict[str, tuple[Examples, DataReport]]:
     """The examples of each split."""
-    wanted = Wanted(needs)
-    if isinstance(data, RewardDataSettings):
-        wanted = Wanted(needs, data.step_separator, data.segments, data.ratings)
-    splits = {"train": data.train} | ({"eval": data.eval} if data.eval else {})
+    wanted = wanted_of(data, needs)
     return {
-        split: load_examples(s, kind, data.on_bad_row, wanted, split, data.max_bad_rows) for split, s in splits.items()
+        split: load_examples(sources, kind, data.on_bad_row, wanted, split, data.max_bad_rows)
+        for split, sources in _splits(data).items()
     }
+
+
+def _splits(data: DataSettings) -> dict[str, list[SourceSettings]]:
+    return {"train": data.train} | ({"eval": data.eval} if data.eval else {})
+
+
+def wanted_of(data: DataSettings, needs: tuple[Need, ...]) -> Wanted:
+    """What is made of the rows of a recipe."""
+    if isinstance(data, RewardDataSettings):
+        return Wanted(needs, data.step_separator, data.segments, data.ratings)
+    return Wanted(needs)
 
 
 def _nothing_left(split: str, done: Split, limit: int) -> DataError:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeAlias
 from rlhf_cli.data.arrays import TwiceError, once, placed, short, unreadable
 from rlhf_cli.errors import DataError, did_you_mean
 from rlhf_cli.recipe.data_path import product_of
+from rlhf_cli.recipe.hub import unreachable
 from rlhf_cli.recipe.settings.data import SourceSettings
 
 Located: TypeAlias = tuple[str, dict[str, Any]]
@@ -253,12 +254,15 @@ def _hub(source: SourceSettings) -> Iterator[Located]:
     """Rows of a hub data set through the `datasets` library, which caches it; needs the network the first time."""
     import datasets
 
+    away = unreachable()
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:
         raise DataError(
             f"neither a file here nor a hub data set that can be loaded: {short(error)}",
             source.path,
-            "check the name, data.*.name and data.*.split, and the network",
+            f"the hub cannot be reached ({away})"
+            if away
+            else "check the name, data.*.name and data.*.split, and the network",
         ) from None
     return ((f"{source.path}:row {count}", dict(row)) for count, row in enumerate(table, start=1))

@@ -32,7 +32,10 @@ REMEMBERED = 1024
 LONG = 2**16
 """Characters of a conversation that is not."""
 NO_TEMPLATE = "the tokenizer has no chat template, and the data are chat messages"
-NO_TEMPLATE_HINT = "give model.chat_template, or use prompt/completion text"
+NO_TEMPLATE_HINT = (
+    "give model.chat_template, or use prompt/completion text; `rlhf init` writes a template to copy, recipes/chat.jinja"
+    ", which docs/data.md shows too"
+)
 CHANGED = "the chat template changes the text of an assistant turn"
 CHANGED_HINT = "it must write the content as it is, or stripped"
 

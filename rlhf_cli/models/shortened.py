@@ -35,8 +35,8 @@ VOCABULARY = 512
 LAYERS = 2
 FEW = 65537
 """Random numbers that its weights are made of: a prime, so that no two rows are alike."""
-TURNS = 2
-"""Of which the faster counts; of what takes longer than LONG seconds only one."""
+TURNS = 3
+"""Of which the fastest counts; of what takes longer than LONG seconds only one."""
 LONG = 1.0
 Work = Callable[[Role, Batch], Tensor]
 """A number with gradient that uses the role as a step does."""
@@ -89,6 +89,8 @@ class Measured:
     packed: bool
     tokens: int
     """That were computed at most."""
+    spread: float | None = None
+    """How much longer the slowest turn took than the fastest, as a share; None: not timed, or once."""
 
     def peak(self, layers: int, recomputed: int, tokens: float, scratch: float) -> tuple[float, float]:
         """Bytes at most up to the embeddings, and from there on. scratch: of the head over its vocabulary."""
@@ -177,7 +179,7 @@ def measure(role: Role, work: Work, batches: tuple[Batch, Batch], *, timed: bool
     if not count:
         raise ModelError("no layers are found in this architecture", role.base.source, "report it with its name")
     seen: dict[tuple[int, bool, int], Peaks] = {}
-    spent: dict[int, float] = {}
+    spent: dict[int, list[float]] = {}
     for layers in range(count, 0, -1):
         if layers < count:
             _drop_last(role.base.model)
@@ -186,7 +188,7 @@ def measure(role: Role, work: Work, batches: tuple[Batch, Batch], *, timed: bool
             for place, batch in enumerate((small, large)):
                 seen[layers, recomputed, place] = _counted(role, work, batch)
         checkpointing.recompute(role.base.model, 0)
-        spent[layers] = _timed(role, work, large) if timed else 0.0
+        spent[layers] = _timed(role, work, large) if timed else [0.0]
 
     def stack(recomputed: bool, which: int) -> Stack:
         lines = [
@@ -198,9 +200,11 @@ def measure(role: Role, work: Work, batches: tuple[Batch, Batch], *, timed: bool
 
     keep = Moments(*(stack(False, which) for which in range(3)))
     again = Moments(*(stack(True, which) for which in range(3))) if found else keep
-    layer = max(spent[count] - spent[1], 0.0) if count > 1 else spent[1]
-    seconds = Stack(Line(layer / large.tokens), Line(max(spent[1] - layer, 0.0) / large.tokens))
-    return Measured(keep, again, seconds, role.base.packed, large.tokens)
+    whole, one = min(spent[count]), min(spent[1])
+    layer = max(whole - one, 0.0) if count > 1 else one
+    seconds = Stack(Line(layer / large.tokens), Line(max(one - layer, 0.0) / large.tokens))
+    spread = max(max(turns) / min(turns) for turns in spent.values()) - 1.0 if len(spent[count]) > 1 else None
+    return Measured(keep, again, seconds, role.base.packed, large.tokens, spread)
 
 
 def head_seconds(base: Base, vocabulary: int) -> float:
@@ -230,14 +234,14 @@ def _counted(role: Role, work: Work, batch: Batch) -> Peaks:
     return peaks(partial(_forward, role, work, batch), role.backward, role.base.model.get_input_embeddings())
 
 
-def _timed(role: Role, work: Work, batch: Batch) -> float:
-    """Seconds of a forward and backward."""
+def _timed(role: Role, work: Work, batch: Batch) -> list[float]:
+    """Seconds of a forward and backward, some times over; the first, which warms up, only where it is the only one."""
     spent: list[float] = []
-    while len(spent) < TURNS and not (spent and spent[0] > LONG):
+    while len(spent) <= TURNS and not (spent and spent[0] > LONG):
         began = clock(role.base.device)
         role.backward(_forward(role, work, batch))
         spent.append(clock(role.base.device) - began)
-    return min(spent)
+    return spent[1:] or spent
 
 
 def _forward(role: Role, work: Work, batch: Batch) -> Tensor:

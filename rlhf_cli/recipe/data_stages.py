@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from rlhf_cli.catalog import SELECTIONS
 from rlhf_cli.recipe.settings.blocks import Checked, as_mapping, block
 from rlhf_cli.recipe.settings.data import Sources, SourceSettings
+from rlhf_cli.recipe.settings.distributed import DistributedSettings
 from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.recipe.settings.revise import ReviseSettings
@@ -83,6 +84,8 @@ class SampleRecipe(Work):
     token_ids: bool = True
     """Also write the tokens of prompt and completion, so that `rlhf score` reads exactly what was sampled (not of
     revised completions, whose tokens follow another conversation)."""
+    distributed: DistributedSettings = DistributedSettings()
+    """Several processes, started by torchrun."""
 
     def data_read(self) -> list[SourceSettings]:
         return self.data.prompts
@@ -116,6 +119,7 @@ class SampleRecipe(Work):
             if self.revise is not None:
                 yield "revise does not go together with best_of: sample, revise, then `rlhf score` and `rlhf select`"
         yield from scored_once(self.rewards)
+        yield from shared_out(self.distributed, {"model": self.model}, self.rollout)
 
 
 class ScoreRecipe(Work):
@@ -130,6 +134,8 @@ class ScoreRecipe(Work):
     judge: JudgeSettings | None = None
     """Instead of rewards: a language model that compares the completions of a prompt two by two; the score of each is
     the mean probability that it is the better one."""
+    distributed: DistributedSettings = DistributedSettings()
+    """Several processes, started by torchrun."""
 
     def data_read(self) -> list[SourceSettings]:
         return self.data.completions
@@ -157,6 +163,8 @@ class ScoreRecipe(Work):
         if self.judge is not None and self.data.max_length is not None:
             yield "data.max_length is only read with rewards"
         yield from scored_once(self.rewards)
+        models = {"model": self.model, "judge.model": None if self.judge is None else self.judge.model}
+        yield from shared_out(self.distributed, models)
 
 
 class SelectRecipe(Work):
@@ -165,9 +173,35 @@ class SelectRecipe(Work):
     """The scored completions."""
     selection: block(SELECTIONS.values())  # type: ignore[valid-type]
     """What becomes of them: `{name: ..., settings...}`."""
+    distributed: DistributedSettings = DistributedSettings()
+    """Several processes, started by torchrun: the first one selects."""
 
     def data_read(self) -> list[SourceSettings]:
         return self.data.completions
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        for key in self.distributed.model_fields_set & {"shard", "sequence_parallel"}:
+            if getattr(self.distributed, key) not in ("none", 1):
+                yield f"distributed.{key} is only read where models are, and rlhf select loads none"
+
+
+def shared_out(
+    asked: DistributedSettings, models: Mapping[str, ModelSettings | None], rollout: SamplingSettings | None = None
+) -> Iterator[str]:
+    """What does not go together with layers that are held in parts. models: by their keys."""
+    if asked.sequence_parallel > 1:
+        yield "distributed.sequence_parallel is only read by the commands that train"
+    if asked.shard == "none":
+        return
+    for key, model in models.items():
+        if model is not None and model.quantization == "int8":
+            yield (
+                f"distributed.shard {asked.shard} cannot share out {key}.quantization int8: use nf4, or set one of "
+                "them to none"
+            )
+    if rollout is not None and rollout.engine == "continuous":
+        yield f"distributed.shard {asked.shard} cannot go with rollout.engine continuous: use own or generate"
 
 
 def scored_once(rewards: list[RewardSettings]) -> Iterator[str]:

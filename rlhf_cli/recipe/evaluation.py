@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rlhf_cli.recipe.data_stages import GateSettings, scored_once
+from rlhf_cli.recipe.data_stages import GateSettings, scored_once, shared_out
 from rlhf_cli.recipe.model_path import resolve_model
 from rlhf_cli.recipe.settings.blocks import Name, as_list, as_mapping
 from rlhf_cli.recipe.settings.data import SegmentSettings, Sources, SourceSettings
+from rlhf_cli.recipe.settings.distributed import DistributedSettings
 from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.recipe.settings.rewards import RewardSettings
@@ -77,6 +78,8 @@ class EvalRecipe(Work):
     one, else by the rewards."""
     judge: JudgeSettings | None = None
     """A language model that says which of two completions is better; only read with against."""
+    distributed: DistributedSettings = DistributedSettings()
+    """Several processes, started by torchrun."""
 
     def data_read(self) -> list[SourceSettings]:
         return [one for sources in self.data.given().values() for one in sources]
@@ -108,6 +111,8 @@ class EvalRecipe(Work):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        models = {"model": self.model, "judge.model": None if self.judge is None else self.judge.model}
+        yield from shared_out(self.distributed, models, self.rollout)
         if self.data.prompts is None:
             for key in self.changed("rollout", "reference", "rewards", "against", "judge"):
                 yield f"{key} is only read with data.prompts, which are completed"

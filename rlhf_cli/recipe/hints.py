@@ -146,6 +146,31 @@ KEYS: dict[str, str] = {
     "gae_lambda": "ppo.advantage.lam",
     "lambd": "ppo.advantage.lam",
     "critic_learning_rate": "critic.learning_rate",
+    # rollouts by vLLM
+    "use_vllm": "rollout.engine: vllm, with rollout.server",
+    "infer_backend": "rollout.engine",
+    "vllm_mode": "rollout.engine: vllm, with rollout.server (and rollout.sleep: true where one card serves both)",
+    "vllm_server_base_url": "rollout.server",
+    "vllm_server_host": "rollout.server, a whole address: http://HOST:PORT",
+    "vllm_server_port": "rollout.server, a whole address: http://HOST:PORT",
+    "vllm_server_timeout": "rollout.server_timeout",
+    "vllm_enable_sleep_mode": "rollout.sleep",
+    "vllm_enable_sleep": "rollout.sleep",
+    "vllm_max_model_length": "data.max_length, by which `rlhf serve-rollouts` starts the server",
+    "vllm_maxlen": "data.max_length, by which `rlhf serve-rollouts` starts the server",
+    "vllm_importance_sampling_correction": "ppo.importance_correction",
+    "vllm_importance_sampling_cap": "ppo.importance_correction.cap",
+    "vllm_api_key": "rollout.api_key_env, the name of an environment variable that holds it",
+    "api_key": "api_key_env in rollout or judge, the name of an environment variable that holds it",
+    # several processes
+    "fsdp": "distributed.shard: full",
+    "fsdp_config": "distributed.shard, and nothing else: layers and dtypes are found by themselves",
+    "fsdp_version": "distributed.shard, which is FSDP2",
+    "fsdp_transformer_layer_cls_to_wrap": "distributed.shard, which finds the layers by itself",
+    "deepspeed": "distributed.shard: full, which is what ZeRO's stage 3 does",
+    "zero_stage": "distributed.shard: full, which is what ZeRO's stage 3 does",
+    "dp_shard_size": "distributed.shard: full",
+    "ddp_timeout": "distributed.timeout",
     # housekeeping
     "logging_steps": "logging.every",
     "use_wandb": "logging.report_to: [wandb]",
@@ -163,6 +188,40 @@ KEYS: dict[str, str] = {
     "output": "output_dir",
 }
 """Foreign key -> our key path, or a few words with it."""
+
+_SERVER = "it is an option of the server: add it to the command that `rlhf serve-rollouts RECIPE --print` shows"
+_TORCHRUN = "a recipe does not say it: `torchrun --nproc-per-node N -m rlhf_cli STAGE RECIPE` (docs/scaling.md)"
+_UNNEEDED = "nothing here needs it: leave it out"
+_UNSPLIT = "a sequence is never split among processes here: leave it out"
+INSTEAD: dict[str, str] = {
+    "vllm_gpu_memory_utilization": "`rlhf serve-rollouts RECIPE --gpu-memory-utilization SHARE` takes it",
+    "vllm_gpu_util": "`rlhf serve-rollouts RECIPE --gpu-memory-utilization SHARE` takes it",
+    "gpu_memory_utilization": "`rlhf serve-rollouts RECIPE --gpu-memory-utilization SHARE` takes it",
+    "vllm_max_lora_rank": "`rlhf serve-rollouts` reads it from lora.r",
+    "vllm_tensor_parallel_size": _SERVER,
+    "vllm_num_engines": _SERVER,
+    "vllm_enforce_eager": _SERVER,
+    "vllm_config": _SERVER,
+    "vllm_model_impl": _SERVER,
+    "vllm_group_port": "adapters are handed to the server as files: leave it out",
+    "vllm_sync_backend": "adapters are handed to the server as files: leave it out",
+    "ddp_find_unused_parameters": _UNNEEDED,
+    "ddp_bucket_cap_mb": _UNNEEDED,
+    "ddp_broadcast_buffers": _UNNEEDED,
+    "ddp_backend": _UNNEEDED,
+    "accelerator_config": _UNNEEDED,
+    "local_rank": _TORCHRUN,
+    "num_processes": _TORCHRUN,
+    "num_machines": _TORCHRUN,
+    "nproc_per_node": _TORCHRUN,
+    "nnodes": _TORCHRUN,
+    "tensor_parallel_size": "layers are shared out by distributed.shard: full, or by the vLLM server: leave it out",
+    "sequence_parallel_degree": _UNSPLIT,
+    "sequence_parallel_size": _UNSPLIT,
+    "context_parallel_size": _UNSPLIT,
+    "ring_attn_size": _UNSPLIT,
+}
+"""Foreign key -> what to do, where no key of ours is its like."""
 
 VALUES: dict[str, dict[str, str]] = {
     "stage": {
@@ -211,9 +270,10 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def foreign_key(name: str) -> str:
-    """What another tool's key is called here, or an empty string. Spelling with `-` or capitals counts too."""
-    ours = KEYS.get(name.lower().replace("-", "_"), "")
-    return f"it is called {ours} here" if ours else ""
+    """What another tool's key is called here, or what to do instead of it, or an empty string. Spelling with `-` or
+    capitals counts too."""
+    name = name.lower().replace("-", "_")
+    return f"it is called {KEYS[name]} here" if name in KEYS else INSTEAD.get(name, "")
 
 
 def foreign_value(key: str, written: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,13 @@ _FREE = (
     "rollout.max_batch",
     "rollout.server",
     "rollout.server_timeout",
+    "rollout.api_key_env",
     "rollout.adapter_folder",
     "rollout.sleep",
+    "judge.server",
+    "judge.server_timeout",
+    "judge.api_key_env",
+    "judge.max_batch",
     "reference_cache",
     "data.cache",
     "data.max_bad_rows",
@@ -86,21 +91,24 @@ def digest_of(meaning: dict[str, Any], sources: dict[str, str]) -> str:
     return hashlib.sha256(canonical({"recipe": meaning, "inputs": sources})).hexdigest()
 
 
-def inputs(recipe: Work) -> dict[str, str]:
-    """Every input by name, with a fingerprint of its content; hub names stand for themselves with their revision.
+def inputs(recipe: Work, made: Container[str] = ()) -> dict[str, str]:
+    """Every input by name, with a fingerprint of its content; hub names stand for themselves with their revision. made:
+    names that are left out, since they are still to be made.
 
     Raises DataError, RecipeError or ModelError when one of them is missing, unreadable or an unfinished run.
     """
     found: dict[str, str] = {}
     for source in recipe.data_read():
-        found[source.path] = _data(source)
+        if source.path not in made:
+            found[source.path] = _data(source)
     for name, revision in recipe.models_read():
-        found.update(_model(name, revision))
+        if name not in made:
+            found.update(_model(name, revision))
     for text in recipe.texts_read():
         if is_file(text):
             found[text] = _file(Path(text))
     for i, reward in enumerate(recipe.rewards_read()):
-        if reward.run is not None:
+        if reward.run is not None and reward.run not in made:
             found.update(_model(reward.run, None))
         if reward.function is not None:
             path = function_file(reward.function, f"rewards.{i}.function")

@@ -73,7 +73,7 @@ class Recipe(Work):
             )
         if self.model.quantization == "int8" and self.lora is not None and self.lora.use_dora:
             yield "lora.use_dora does not work on model.quantization int8: use nf4, or use_dora: false"
-        if self.training.layout == "packed" and self.model.attn_implementation != "auto":
+        if self.training.layout == "packed" and self.model.attn_implementation not in ("auto", "flex_attention"):
             yield (
                 f"training.layout packed needs attention by segments, and model.attn_implementation "
                 f"{self.model.attn_implementation} has none: set one of them to auto"
@@ -84,23 +84,25 @@ class Recipe(Work):
                 yield f"training.batch_size is 1, and objective {entry.name} compares those of a step: two at least"
 
     def _sharded(self) -> Iterator[str]:
+        by_segments = self.training.layout != "padded" and self.model.attn_implementation in ("auto", "flex_attention")
+        if self.distributed.sequence_parallel > 1 and not by_segments:
+            yield (
+                "distributed.sequence_parallel needs attention by segments: set training.layout and "
+                "model.attn_implementation to auto"
+            )
         if self.distributed.shard == "none":
             return
-        training = "trains parts of tensors, and cannot go with"
-        if self.model.quantization != "none":
-            yield (
-                f"distributed.shard full cannot share out what bitsandbytes has packed, and model.quantization is "
-                f"{self.model.quantization}: set one of them to none"
-            )
+        shard, training = f"distributed.shard {self.distributed.shard}", "trains parts of tensors, and cannot go with"
+        if self.model.quantization == "int8":
+            yield f"{shard} cannot share out model.quantization int8: use nf4, or set one of them to none"
         if self.lora is None and self.training.optimizer not in ("adamw", "sgd"):
             yield (
-                f"distributed.shard full {training} training.optimizer {self.training.optimizer} while lora is null: "
-                "use adamw or sgd"
+                f"{shard} {training} training.optimizer {self.training.optimizer} while lora is null: use adamw or sgd"
             )
         if self.lora is None and self.model.dtype == "float16":
-            yield f"distributed.shard full {training} model.dtype float16 while lora is null: use bfloat16"
+            yield f"{shard} {training} model.dtype float16 while lora is null: use bfloat16"
         if self.lora is not None and self.lora.use_dora:
-            yield "distributed.shard full cannot go with lora.use_dora, which reads whole weights: use_dora: false"
+            yield f"{shard} cannot go with lora.use_dora, which reads whole weights: use_dora: false"
 
     def objectives(self) -> list[Objective]:
         """What is minimised, term by term; none for ppo."""
@@ -189,8 +191,9 @@ class PPORecipe(Recipe):
         yield from self._unread()
         yield from self._groups()
         yield from self._rewards()
-        if self.distributed.shard == "full" and self.rollout.engine == "continuous":
-            yield "distributed.shard full cannot go with rollout.engine continuous: use own or generate"
+        if self.distributed.shard != "none" and self.rollout.engine == "continuous":
+            shard = self.distributed.shard
+            yield f"distributed.shard {shard} cannot go with rollout.engine continuous: use own or generate"
         if self.rollout.max_new_tokens >= self.data.max_length:
             yield (
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} leaves no room for a prompt in "

@@ -138,7 +138,7 @@ def write_evaluation(run_path: Path, target: Path | None = None) -> Path:
     found, run = read_json(run_path / FIGURES), read_json(run_path / "run.json")
     head = f"<h1>{escape(run_path.name)} <small>eval of {escape(str(found['model']))}</small></h1>"
     parts = [head, *(table(title, names, rows) for title, names, rows in tables(found)), _pictures(found)]
-    return write_page(target or run_path / "report.html", f"{run_path.name} - {run.get('stage', '')}", parts)
+    return write_page(target or run_path / "report.html", f"{run_path.name} - rlhf {run.get('stage', '')}", parts)
 
 
 def _pictures(found: dict[str, Any]) -> str:
@@ -152,6 +152,11 @@ def _pictures(found: dict[str, Any]) -> str:
         cells.append(("Win rates", lambda axes: _forest(axes, met)))
     panels = [f'<div class="panel"><h3>{escape(t)}</h3>{drawn(t, draw)}</div>' for t, draw in cells]
     return f'<h2>Pictures</h2><div class="panels">{"".join(panels)}</div>' if panels else ""
+
+
+def brief(name: str, most: int = 24) -> str:
+    """The end of a name that is too long for a picture, which tells most."""
+    return name if len(name) <= most else f"\N{HORIZONTAL ELLIPSIS}{name[1 - most :]}"
 
 
 def _bars(axes: Any, histogram: dict[str, Any]) -> None:
@@ -181,6 +186,7 @@ def _forest(axes: Any, met: Sequence[dict[str, Any]]) -> None:
         places = [n + shift for n in range(len(met))]
         axes.plot([one[key] for one in met], places, "o", color=hue, markersize=4, label=key.replace("_", " "))
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(met)), [one["against"] for one in met])
+    axes.set_yticks(range(len(met)), [brief(one["against"]) for one in met])
+    axes.set_ylim(-0.5, len(met) - 0.5)
     axes.set_xlim(0, 1)
-    axes.legend(loc="best", frameon=False, fontsize=8.5)
+    axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)

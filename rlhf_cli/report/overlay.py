@@ -11,9 +11,9 @@ from html import escape
 from typing import Any, NamedTuple
 
 from rlhf_cli.report.axes import Axis, mark, on
-from rlhf_cli.report.evaluation import FIGURES
+from rlhf_cli.report.evaluation import FIGURES, brief
 from rlhf_cli.report.parts import shown
-from rlhf_cli.report.plots import HUES, Curve, drawn, thinned
+from rlhf_cli.report.plots import HUES, Curve, drawn, notes, thinned
 from rlhf_cli.report.story import SUMMARY, Story, sound
 
 STROKES: tuple[tuple[int, ...], ...] = ((), (5, 2), (2, 2), (7, 2, 2, 2))
@@ -56,9 +56,9 @@ def panel(title: str, members: Sequence[Member], called: Sequence[str], where: S
     """A metric of all runs that have it; where: by run."""
     placed = [(run, on(curve, where[run])) for run, curve in members]
     picture = drawn(title, lambda axes: _draw(axes, placed, where[members[0][0]]))
-    notes = [f"{called[run]}: not finite at step {', '.join(map(str, curve.wild[:5]))}" for run, curve in members
-             if curve.wild]  # fmt: skip
-    return _cell(title, picture, notes)
+    wild = [f"{called[run]}: not finite at step {', '.join(map(str, curve.wild[:5]))}" for run, curve in members
+            if curve.wild]  # fmt: skip
+    return _cell(title, picture, wild, notes(curve for _, curve in members))
 
 
 def travelled(found: Sequence[Mapping[str, Curve]]) -> list[str]:
@@ -108,8 +108,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 # --- drawing ---------------------------------------------------------------------------------------------
 
 
-def _cell(title: str, picture: str, notes: Sequence[str]) -> str:
-    said = "".join(f'<p class="wild">{escape(note)}</p>' for note in notes)
+def _cell(title: str, picture: str, wild: Sequence[str], said: str = "") -> str:
+    said += "".join(f'<p class="wild">{escape(note)}</p>' for note in wild)
     return f'<div class="panel"><h3>{escape(title)}</h3>{marked(picture)}{said}</div>'
 
 
@@ -131,9 +131,10 @@ def _draw(axes: Any, members: Sequence[Member], where: Axis) -> None:
         steps, line, low, high = thinned(curve)
         if len(steps) < len(curve.steps):
             axes.fill_between(steps, low, high, alpha=0.2, linewidth=0, **faint)
-        elif len(line) >= _SMOOTHED and not curve.held_out:
+        noisy = len(line) >= _SMOOTHED and not curve.held_out and not curve.scheduled
+        if noisy and len(steps) == len(curve.steps):
             axes.plot(steps, line, alpha=0.3, linewidth=0.7, **faint)
-        if len(line) >= _SMOOTHED and not curve.held_out:
+        if noisy:
             line = smoothed(line)
         points = {"marker": "o", "markersize": 3.5} if len(line) <= _FEW or curve.held_out else {}
         axes.plot(steps, line, linewidth=1.6, **style, **points)
@@ -156,8 +157,10 @@ def _draw_traces(axes: Any, traces: Sequence[tuple[int, Trace]]) -> None:
             axes.plot(trace.across, trace.up, linewidth=1.4, **style)
             axes.plot(trace.across[:1], trace.up[:1], **circle, markerfacecolor="none")
             axes.plot(trace.across[-1:], trace.up[-1:], **circle)
+        middle = (max(trace.across) + min(trace.across)) / 2
         for x, y, name in zip(trace.across, trace.up, trace.models, strict=False):
-            axes.annotate(name, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, **own)
+            side = "left" if x <= middle else "right"  # towards the middle, where there is room
+            axes.annotate(brief(name), (x, y), (0, 6), textcoords="offset points", ha=side, fontsize=8, **own)
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.report.axes import Axis, X, axis
 from rlhf_cli.report.overlay import phases, travelled
 from rlhf_cli.report.parts import shown, side, table, text_of, write_page
-from rlhf_cli.report.plots import Curve, curves, grouped, svg
+from rlhf_cli.report.plots import Curve, curves, grouped, notes, svg
 from rlhf_cli.report.postmortem import PAGE
 from rlhf_cli.report.sections import figures, findings
 from rlhf_cli.report.story import REPORT, SUMMARY, pending, read_events
@@ -55,11 +55,11 @@ def write_report(run_path: Path, seconds: float | None = None, target: Path | No
         _data(run_path / "data-report.json"),
         _recipe(run_path / "recipe.yaml"),
     ]
-    return write_page(target, f"{run_path.name} - {run.get('stage', '')}", parts)
+    return write_page(target, f"{run_path.name} - rlhf {run.get('stage', '')}", parts)
 
 
 def _head(path: Path, run: dict[str, Any]) -> str:
-    return f"<h1>{escape(path.name)} <small>{escape(str(run.get('stage', '')))}</small></h1>"
+    return f"<h1>{escape(path.name)} <small>rlhf {escape(str(run.get('stage', '')))}</small></h1>"
 
 
 def _postmortem(path: Path, target: Path) -> str:
@@ -90,10 +90,11 @@ def _facts(
     objective = recipe.get("objective") or {}
     last = rows[-1] if rows else {}
     lora = recipe.get("lora")
+    kind = "DoRA" if lora and lora.get("use_dora") else "LoRA"
     facts = [
         ("not finished", far),
         ("model", recipe.get("model", {}).get("name_or_path", "")),
-        ("trained", f"adapter of rank {lora.get('r')}" if lora else "all weights"),
+        ("trained", f"{kind} adapter of rank {lora.get('r')}" if lora else "all weights"),
         ("quantised base", recipe.get("model", {}).get("quantization", "none")),
         ("objective", objective.get("name") or run.get("stage", "")),
         ("steps", shown(number(last.get("step"))) or "0"),
@@ -127,8 +128,8 @@ def _panels(found: Sequence[Curve], where: Axis) -> str:
     cells = []
     for title, members in grouped(found):
         wild = [f"{c.name} was not finite at step {', '.join(map(str, c.wild[:5]))}" for c in members if c.wild]
-        notes = "".join(f'<p class="wild">{escape(note)}</p>' for note in wild)
-        cells.append(f'<div class="panel"><h3>{escape(title)}</h3>{svg(title, members, where)}{notes}</div>')
+        said = notes(members) + "".join(f'<p class="wild">{escape(note)}</p>' for note in wild)
+        cells.append(f'<div class="panel"><h3>{escape(title)}</h3>{svg(title, members, where)}{said}</div>')
     return f'<h2>Curves</h2><div class="panels">{"".join(cells)}</div>' if cells else ""
 
 

@@ -29,13 +29,20 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; } h3 { font-size: .9rem; margin:
 .fact, .panel, .sample { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .7rem .9rem; min-width: 0; }
 .fact b { display: block; font-size: 1.05rem; overflow-wrap: anywhere; } .fact span { color: var(--soft); }
-.wild { color: var(--bad); margin: .2rem 0 0; font-size: .85rem; }
+.panel > p { color: var(--soft); margin: .2rem 0 0; font-size: .85rem; } .panel > p.wild, .wild { color: var(--bad); }
+.wild { margin: .2rem 0 0; font-size: .85rem; }
 svg { width: 100%; height: auto; display: block; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .sample { margin-bottom: .8rem; } .pair { display: grid; gap: .8rem; grid-template-columns: 1fr 1fr; }
 @media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; } .pair > div { background: var(--mark);
   border-radius: 6px; padding: .5rem .7rem; min-width: 0; } .prompt { margin: 0 0 .6rem; }
-table { border-collapse: collapse; background: var(--card); } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; }
+.scroll { overflow-x: auto; --veil: var(--back) 45%, transparent;
+  --shade: color-mix(in srgb, var(--soft) 55%, transparent), transparent;
+  background: linear-gradient(90deg, var(--veil)) 0 0 / 2.2rem 100% no-repeat local,
+  linear-gradient(270deg, var(--veil)) 100% 0 / 2.2rem 100% no-repeat local,
+  linear-gradient(90deg, var(--shade)) 0 0 / .7rem 100% no-repeat,
+  linear-gradient(270deg, var(--shade)) 100% 0 / .7rem 100% no-repeat; }
 td, th { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
 th:not(:first-child), td.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem; overflow-x: auto;
@@ -55,7 +62,8 @@ summary { cursor: pointer; margin: 1rem 0 .6rem; }
   margin-right: .35rem; border-radius: 2px; } .fact > div + div { margin-top: .6rem; }
 .fact > div > b { display: inline; }
 td:nth-child(2):last-child { overflow-wrap: anywhere; }
-@media (min-width: 700px) { .scroll :is(td, th):first-child { position: sticky; left: 0; background: var(--card); } }
+@media (max-width: 700px) { td, th { padding: .25rem .45rem; } .scroll table { font-size: .85rem; } }
+@media (min-width: 700px) { .scroll :is(td, th):first-child { position: sticky; left: 0; background: var(--back); } }
 .bar { display: flex; height: .8rem; margin-top: .2rem; border-radius: 3px; overflow: hidden; } .bar i { height: 100%; }
 """
 

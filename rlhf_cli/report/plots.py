@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.report.axes import STEPS, Axis, mark, on
@@ -27,22 +28,43 @@ _ENDLESS = 2000
 """From so many points on, that is done in the pages of single runs."""
 _HELD_OUT = re.compile(r"eval[/_](.+)")
 _SUBJECTS: tuple[tuple[str, str], ...] = (
-    ("Loss", r"loss(/.*)?"),
-    ("Rewards", r"rewards/(?!accuracies).*"),
-    ("Accuracy", r"(rewards/accurac.*|accuracy|.*/accuracy)"),
+    ("Loss", r"(cost/)?loss(/.*)?"),
+    ("Rewards", r"rewards/(?!accurac|best$|sign_accuracy)(?!.*/(invalid|clipped)$).*"),
+    ("Accuracy", r"rewards/(accurac.*|best|sign_accuracy)|accuracy|.*/accuracy"),
     ("Score", r"objective/(scores|rlhf_reward|non_score_reward|truncation_reward|lagrangian)|score.*"),
-    ("KL", r"(.*/)?kl(_.*)?|policy/approxkl"),
+    ("Cost", r"cost/(mean|std|window_mean)"),
+    ("KL", r"(.*/)?kl"),
+    ("KL per token", r"(.*/)?kl_(?!coef).*|policy/approxkl"),
+    ("Coefficients", r"kl_coef|lagrange/lambda|policy/penalty_coef"),
     ("Entropy", r"(.*/)?entropy"),
     ("Log-probabilities", r"logps/.*"),
-    ("Policy update", r"policy/.*|val/ratio"),
-    ("Critic", r"val/.*"),
-    ("Completions", r"completions/.*"),
+    ("Sampled against recomputed, nats a token", r"rollout/logprob_gap.*"),
+    ("Clipped shares", r"(policy|(cost/)?val)/clipfrac.*"),
+    ("Ratio of new to old probability", r"policy/ratio.*|val/ratio"),
+    ("Advantages", r"advantages/.*"),
+    ("Critic", r"(cost/)?val/(mean|returns_mean)"),
+    ("Explained variance", r"(cost/)?val/explained_variance"),
+    ("Tokens of a completion", r"completions/.*length.*"),
+    (
+        "Shares of completions",
+        r"completions/.*|rollout/(unique_share|repetition|unscorable|useful_share)|greedy/eos_rate|frac_reward_zero_std"
+        r"|cost/above_threshold",
+    ),
+    ("Correlation of score and length", r"rollout/reward_length_correlation"),
+    ("Counts", r"rewards/.*/(invalid|clipped)|rollout/halvings|policy/updates|greedy/completions"),
+    ("Tokens of a rollout", r"rollout/tokens"),
     ("Learning rate", r"(.*[/_])?learning_rate"),
     ("Gradient norm", r"(.*[/_])?grad_norm"),
-    ("Tokens per second", r"tokens_per_second"),
-    ("Seconds of a step by phase", r"time/.*"),
+    ("Tokens per second", r"(rollout/)?tokens_per_second"),
+    ("Seconds of a step by phase", r"time/.*|rollout/seconds"),
     ("Peak memory, GiB", r"mem/.*"),
 )
+"""Metrics that share a panel have the same unit: shares are not drawn over counts."""
+NOTES = {
+    "rewards/accuracies": "Share of pairs whose chosen completion has the strictly higher reward: ties count as wrong, "
+    "so a policy that still is its reference has 0.",
+}
+"""What a reader of a curve should know."""
 _COUNTERS = {"step", "epoch", "num_tokens", "episode"}
 
 
@@ -60,6 +82,11 @@ class Curve:
     def held_out(self) -> bool:
         """Whether it was measured on held-out data."""
         return _HELD_OUT.fullmatch(self.name) is not None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it follows a plan: there is no noise to smooth away."""
+        return self.name.endswith("learning_rate")
 
     @property
     def wild(self) -> tuple[int | float, ...]:
@@ -83,8 +110,7 @@ def grouped(found: Sequence[Curve], most: int = len(HUES)) -> list[tuple[str, li
     """The curves by subject, held-out ones beside their training twins; a panel holds at most `most` of them."""
     panels: dict[str, list[Curve]] = {}
     for curve in found:
-        match = _HELD_OUT.fullmatch(curve.name)
-        plain = match[1] if match else curve.name
+        plain = _plain(curve.name)
         subject = next((title for title, pattern in _SUBJECTS if re.fullmatch(pattern, plain)), plain.split("/")[0])
         panels.setdefault(subject, []).append(curve)
     order = [title for title, _ in _SUBJECTS]
@@ -96,6 +122,18 @@ def grouped(found: Sequence[Curve], most: int = len(HUES)) -> list[tuple[str, li
             part = f" ({start // most + 1})" if len(members) > most else ""
             result.append((title + part, members[start : start + most]))
     return result
+
+
+def notes(members: Iterable[Curve]) -> str:
+    """What a reader of these curves should know, as paragraphs."""
+    known = dict.fromkeys(NOTES[plain] for c in members if (plain := _plain(c.name)) in NOTES)
+    return "".join(f"<p>{escape(note)}</p>" for note in known)
+
+
+def _plain(name: str) -> str:
+    """A metric without the word for held-out data."""
+    match = _HELD_OUT.fullmatch(name)
+    return match[1] if match else name
 
 
 def svg(title: str, members: Sequence[Curve], where: Axis = STEPS) -> str:
@@ -145,8 +183,8 @@ def _draw(axes: Axes, members: Sequence[Curve], where: Axis) -> None:
         if len(finite) > _ENDLESS:
             steps, finite, low, high = thinned(curve)
             axes.fill_between(steps, low, high, color=hue, alpha=0.2, linewidth=0)
-            finite = moving(finite, len(finite) // 40)
-        elif len(finite) > _CROWDED:
+            finite = finite if curve.scheduled else moving(finite, len(finite) // 40)
+        elif len(finite) > _CROWDED and not curve.scheduled:
             axes.plot(curve.steps, finite, color=hue, alpha=0.3, linewidth=0.7)
             finite = moving(finite, len(finite) // 40)
         dash = "--" if curve.held_out and len(names) > 1 else "-"

@@ -31,7 +31,8 @@ def overview(stories: Sequence[Story]) -> str:
         model, objective = (story.meaning.get(block) or {} for block in ("model", "objective"))
         lora = story.meaning.get("lora")
         peak = story.curves.get("mem/peak_gib")
-        trained = f"LoRA, rank {lora['r']}" if lora else "all weights" if story.curves else ""
+        kind = "DoRA" if lora and lora.get("use_dora") else "LoRA"
+        trained = f"{kind}, rank {lora['r']}" if lora else "all weights" if story.curves else ""
         rows.append((
             story.name, story.stage, str(model.get("name_or_path", "")), str(objective.get("name", "")),
             trained.replace(" ", _TIED),

@@ -15,9 +15,8 @@ from rlhf_cli.data.examples import Message, Prompt
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.base import Text
-from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.settings.judge import JudgeSettings
-from rlhf_cli.rollouts.rewards import Infer
+from rlhf_cli.rollouts.voices import Voice
 
 
 class Match(NamedTuple):
@@ -72,18 +71,17 @@ class Referee:
         )
         return Sample(np.array(ids, dtype=np.int32), answers, {}, match.where)
 
-    def __call__(self, matches: Sequence[Match], role: Role, infer: Infer) -> list[Opinion]:
-        """The opinion on each match. role: the judge's weights."""
-        first = self._ask([self.question(match, swapped=False) for match in matches], role, infer)
+    def __call__(self, matches: Sequence[Match], voice: Voice) -> list[Opinion]:
+        """The opinion on each match. voice: who answers."""
+        first = self._ask([self.question(match, swapped=False) for match in matches], voice)
         if not self.settings.both_orders:
             return [Opinion(p, None, mass) for p, mass in first]
-        second = self._ask([self.question(match, swapped=True) for match in matches], role, infer)
+        second = self._ask([self.question(match, swapped=True) for match in matches], voice)
         return [Opinion(p, 1 - q, (m + n) / 2) for (p, m), (q, n) in zip(first, second, strict=True)]
 
-    def _ask(self, questions: Sequence[Sample], role: Role, infer: Infer) -> list[tuple[float, float]]:
+    def _ask(self, questions: Sequence[Sample], voice: Voice) -> list[tuple[float, float]]:
         """Probability of the first label given that one of the two is said, and that one of them is."""
-        parts = infer(role, questions, lambda batch: role.logp(batch, statistics="none").logp, "token")
-        return [self._said(part) for part in parts]
+        return [self._said(part) for part in voice(questions)]
 
     def _said(self, logp: Tensor) -> tuple[float, float]:
         one, other = (part.double().sum() for part in logp.split([len(label) for label in self.labels]))

@@ -1,25 +1,30 @@
 """Talking to the one server that a recipe names: JSON over HTTP, by the standard library.
 
-No proxy stands between, and no redirection is followed: nothing but that address is ever asked. Whatever goes wrong is
-a ModelError of one line.
+No proxy stands between, and no redirection is followed: nothing but that address is ever asked, or told the key. Of
+https servers the certificate is checked, by the system's authorities or those of SSL_CERT_FILE and SSL_CERT_DIR.
+Whatever goes wrong is a ModelError of one line.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import re
+import ssl
+from dataclasses import dataclass, field
+from functools import cache
 from http.client import HTTPException, HTTPMessage
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, RecipeError
 
 LONGEST = 300
 """Characters of a server's words that are shown."""
-NOT_FOUND = 404
+NOT_FOUND, FORBIDDEN = 404, (401, 403)
 START = "start it: rlhf serve-rollouts RECIPE"
-AGAIN = f"{START}; then the same command goes on from the newest whole checkpoint"
+AGAIN = "then the same command goes on from the newest whole checkpoint"
 
 
 class _Stay(HTTPRedirectHandler):
@@ -31,7 +36,10 @@ class _Stay(HTTPRedirectHandler):
         return None
 
 
-_opener = build_opener(ProxyHandler({}), _Stay)
+@cache
+def _opener(*authorities: str | None) -> OpenerDirector:
+    """For authorities as the environment names them, which OpenSSL reads by itself."""
+    return build_opener(ProxyHandler({}), HTTPSHandler(context=ssl.create_default_context()), _Stay)
 
 
 class Refused(ModelError):
@@ -47,6 +55,18 @@ class Refused(ModelError):
         return self.status == NOT_FOUND and self.said in ("", "Not Found")
 
 
+def key_of(variable: str | None, where: str) -> str:
+    """The key that an environment variable holds; empty without one. Raises RecipeError, in which the key is not."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise RecipeError(f"the environment variable {variable} is not set", where, f"export {variable}=...")
+    if re.fullmatch(r"[!-~]+", key) is None:
+        raise RecipeError(f"what {variable} holds is no key: white space, or letters that are not ASCII", where)
+    return key
+
+
 @dataclass(frozen=True)
 class Http:
     """A server by its address."""
@@ -54,15 +74,23 @@ class Http:
     address: str
     seconds: float
     """How long an answer may take."""
+    key: str = field(default="", repr=False)
+    """Is sent to it, and shown nowhere."""
+    setting: str = "rollout.server"
+    """The setting that names it."""
+    start: str = START
+    """How one is started."""
+    again: str = AGAIN
+    """What is to be done then."""
 
     @property
     def where(self) -> str:
         """How errors name it."""
-        return f"rollout.server {self.address}"
+        return f"{self.setting} {self.address}"
 
     def get(self, path: str) -> Any:
         """The JSON at a path. Raises ModelError."""
-        return self._json(path, self._said(Request(self._url(path)), path))
+        return self._json(path, self._said(self._request(path), path))
 
     def post(self, path: str, body: Any) -> Any:
         """The JSON that a request is answered with. Raises ModelError."""
@@ -71,10 +99,12 @@ class Http:
     def tell(self, path: str, body: Any = None) -> bytes:
         """Post a request, whatever is answered if it is no error. Raises ModelError."""
         content = b"" if body is None else json.dumps(body).encode()
-        return self._said(Request(self._url(path), content, {"Content-Type": "application/json"}), path)
+        return self._said(self._request(path, content), path)
 
-    def _url(self, path: str) -> str:
-        return f"{self.address.rstrip('/')}{path}"
+    def _request(self, path: str, content: bytes | None = None) -> Request:
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return Request(f"{self.address.rstrip('/')}{path}", content, headers)
 
     def _json(self, path: str, said: bytes) -> Any:
         try:
@@ -86,26 +116,43 @@ class Http:
         """The error of an answer that makes no sense."""
         return ModelError(f"answered {path} with {what}", self.where, hint)
 
+    def _remedy(self, status: int) -> str:
+        """What to do about an error of the server's own."""
+        if status not in FORBIDDEN:
+            return "see the server's own log"
+        return "it wants another key" if self.key else "it wants a key: name the variable that holds it in api_key_env"
+
     def _said(self, request: Request, path: str) -> bytes:
+        block = self.setting.rpartition(".")[0]
         late = ModelError(f"gave no answer to {path} within {self.seconds:g} s", self.where,
-                          "raise rollout.server_timeout, or lower rollout.max_batch")  # fmt: skip
+                          f"raise {block}.server_timeout, or lower {block}.max_batch")  # fmt: skip
         try:
-            with _opener.open(request, timeout=self.seconds) as answer:
+            opener = _opener(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+            with opener.open(request, timeout=self.seconds) as answer:
                 content: bytes = answer.read()
                 return content
         except HTTPError as error:
             with error:
-                raise Refused(error.code, _words(error), path, self.where, "see the server's own log") from error
+                said = _words(error).replace(self.key, "...") if self.key else _words(error)
+                raise Refused(error.code, said, path, self.where, self._remedy(error.code)) from None
         except TimeoutError as error:
             raise late from error
         except URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise late from error
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise ModelError(f"its certificate is refused: {_line(error.reason.verify_message)}", self.where,
+                                 "name those that you trust in SSL_CERT_FILE") from error  # fmt: skip
+            if isinstance(error.reason, ssl.SSLError):
+                words = _line(error.reason.reason or error.reason)
+                raise ModelError(f"speaks no https: {words}", self.where, "is it http?") from error
             reason = getattr(error.reason, "strerror", None) or error.reason
-            raise ModelError(f"no server answers there: {_line(reason)}", self.where, AGAIN) from error
+            raise ModelError(
+                f"no server answers there: {_line(reason)}", self.where, f"{self.start}; {self.again}"
+            ) from error
         except (HTTPException, OSError) as error:
             raise ModelError(f"broke off while it answered {path}: {_line(error) or type(error).__name__}", self.where,
-                             AGAIN) from error  # fmt: skip
+                             f"{self.start}; {self.again}") from error  # fmt: skip
 
 
 def _words(error: HTTPError) -> str:
@@ -117,6 +164,8 @@ def _words(error: HTTPError) -> str:
     try:
         found = json.loads(said)
         found = found.get("error", found)
+        if isinstance(found, str):
+            return _line(found)
         return _line(found["message"] if "message" in found else found.get("detail", ""))
     except (ValueError, RecursionError, AttributeError, TypeError):
         return _line(said.decode(errors="replace"))

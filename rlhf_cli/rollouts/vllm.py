@@ -21,9 +21,10 @@ import numpy as np
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import adapters, processes
 from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.model_path import fingerprint
 from rlhf_cli.recipe.settings.rollout import SamplingSettings
 from rlhf_cli.rollouts.sampling import Completed, Sampling
-from rlhf_cli.rollouts.server import START, Http, Refused
+from rlhf_cli.rollouts.server import FORBIDDEN, Http, Refused, key_of
 from rlhf_cli.rollouts.vllm_answers import completions
 
 FOLDER = "rollout-adapter"
@@ -59,11 +60,11 @@ class Server:
         if source not in (name, root) and not _same_folder(source, root):
             raise ModelError(
                 f"holds {root or name}, and the base of the recipe is {source}", self.http.where,
-                f"{START}; one that knows the base by another name is given --served-model-name {source}",
+                f"{self.http.start}; one that knows the base by another name is given --served-model-name {source}",
             )  # fmt: skip
         if longest < context:
             raise ModelError(f"takes sequences of {longest} tokens (max_model_len), and the recipe has {context}",
-                             self.http.where, START)  # fmt: skip
+                             self.http.where, self.http.start)  # fmt: skip
         self.base = name
 
     @contextmanager
@@ -98,10 +99,19 @@ class Server:
         self._unload()
         shutil.rmtree(self.folder, ignore_errors=True)
         adapters.write_adapter(policy.base, policy.adapter, self.folder / name)
-        about = {"lora_name": name, "lora_path": str((self.folder / name).absolute())}
-        self._asked("/v1/load_lora_adapter", about, "was it started for this recipe by rlhf serve-rollouts, and can it "
-                    "read that folder (rollout.adapter_folder)?")  # fmt: skip
+        self._load(name, (self.folder / name).absolute())
         return name
+
+    def lend(self, folder: Path) -> str:
+        """Have it load the adapter in a folder as it is: what it calls that. Raises ModelError."""
+        name = self.mark + fingerprint(folder)[-16:]
+        self._unload()
+        self._load(name, folder)
+        return name
+
+    def _load(self, name: str, folder: Path) -> None:
+        self._asked("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, "was it started for this "
+                    "recipe by rlhf serve-rollouts, and can it read that folder (rollout.adapter_folder)?")  # fmt: skip
 
     def _unload(self) -> None:
         """Every adapter of this run, those of one that was killed too."""
@@ -122,7 +132,9 @@ class Server:
         try:
             self.http.tell(path, body)
         except Refused as error:
-            hint = f"it was not started for this; {START}" if error.unknown else hint
+            if error.status in FORBIDDEN:
+                raise
+            hint = f"it was not started for this; {self.http.start}" if error.unknown else hint
             raise Refused(error.status, error.said, path, self.http.where, hint) from error
 
 
@@ -147,7 +159,8 @@ def serving(settings: SamplingSettings, source: str, context: int, run: Path) ->
     assert settings.server is not None, "a rule of the recipe"
     mark = f"rlhf-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:8]}-"
     folder = run / FOLDER if settings.adapter_folder is None else Path(settings.adapter_folder) / mark.rstrip("-")
-    server = Server(Http(settings.server.rstrip("/"), settings.server_timeout), folder, mark, settings.sleep)
+    key = key_of(settings.api_key_env, "rollout.api_key_env")
+    server = Server(Http(settings.server.rstrip("/"), settings.server_timeout, key), folder, mark, settings.sleep)
     server.check(source, context)
     return server
 

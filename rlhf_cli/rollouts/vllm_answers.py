@@ -32,6 +32,22 @@ def completions(
     return [_completion(by_index[i], http, prompt, set(stops), sampling, vocabulary) for i in range(count)]
 
 
+def of_prompt(said: Any, http: Http, ids: Sequence[int], count: int) -> list[float]:
+    """Log-probabilities of the last `count` tokens of what was asked. Raises ModelError for anything else."""
+    choices = said.get("choices") if isinstance(said, dict) else None
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    given = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(given, list) or len(given) != len(ids):
+        raise http.odd(PATH, "no log-probability of each prompt token")
+    if choice.get("prompt_token_ids") not in (None, list(ids)):
+        raise http.odd(PATH, "the completion of another prompt", "")
+    found = []
+    for token, entry in list(zip(ids, given, strict=True))[len(ids) - count :]:
+        one = entry.get(str(token)) if isinstance(entry, dict) else None
+        found.append(one.get("logprob") if isinstance(one, dict) else None)
+    return [_number(x, http) for x in found]
+
+
 def _completion(
     choice: dict[str, Any], http: Http, prompt: np.ndarray, stops: set[int], sampling: Sampling, vocabulary: int
 ) -> Completed:
@@ -81,8 +97,12 @@ def _logp(choice: dict[str, Any], http: Http, length: int) -> list[float]:
         raise http.odd(PATH, "no log-probabilities")
     if len(found) != length:
         raise http.odd(PATH, f"{len(found)} log-probabilities of {length} tokens", "")
-    for x in found:
-        if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) or x > ROUNDING:
-            raise http.odd(PATH, f"{x!r} as a log-probability",
-                           "start it with --logprobs-mode processed_logprobs (rlhf serve-rollouts does)")  # fmt: skip
-    return [float(x) for x in found]
+    return [_number(x, http) for x in found]
+
+
+def _number(x: Any, http: Http) -> float:
+    """A log-probability, checked."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x) or x > ROUNDING:
+        raise http.odd(PATH, f"{x!r} as a log-probability",
+                       "start it with --logprobs-mode processed_logprobs (rlhf serve-rollouts does)")  # fmt: skip
+    return float(x)

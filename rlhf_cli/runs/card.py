@@ -148,7 +148,7 @@ def _trained(settings: Mapping[str, Any], model: Model) -> str:
     if not model.adapter:
         return "all weights"
     weights = f" over {quantization} weights" if quantization != "none" else ""
-    return f"a LoRA adapter of rank {lora.get('r')}{weights}"
+    return f"a {'DoRA' if lora.get('use_dora') else 'LoRA'} adapter of rank {lora.get('r')}{weights}"
 
 
 def _chain(path: str, run: Mapping[str, Any], objective: str) -> Iterable[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +13,8 @@ from rlhf_cli.errors import ModelError, Problem, RecipeError
 from rlhf_cli.recipe.lineage import differences, digest_of, inputs, semantic
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.work import Work
-from rlhf_cli.runs import lock, manifest
-from rlhf_cli.runs.files import TEMPORARY
+from rlhf_cli.runs import lock, manifest, trackers
+from rlhf_cli.runs.files import ELSEWHERE, TEMPORARY, writable
 from rlhf_cli.runs.metrics import number, read_lines
 
 PIECES = "data.pieces"
@@ -41,6 +43,25 @@ class Decision:
     """The old run is to be set aside first."""
     resume_from: Path | None = None
     """Checkpoint the user named; None: the newest whole one."""
+
+
+def check_place(recipe: Work) -> None:
+    """Whether a run can be where the recipe wants it. Raises RecipeError: inside another run, a file in the way, no
+    right to write there; a tracker that is not installed. Writes nothing, and reads none of the inputs."""
+    path = Path(recipe.output_dir)
+    trackers.require(recipe.trackers)
+    for above in path.absolute().parents:
+        if os.path.isfile(above / "run.json"):
+            raise RecipeError(f"lies inside the run {above}", f"output_dir {path}", "choose a place of its own")
+    if not os.path.isfile(path / "DONE"):
+        writable(path)  # a finished run may lie where nobody writes
+
+
+def check_ahead(recipe: Work, made: Container[str]) -> None:
+    """The same, and its inputs, where some of those (`made`) are still to be made. Raises as `Run.open` does."""
+    check_place(recipe)
+    _state(Path(recipe.output_dir))
+    inputs(recipe, made)
 
 
 def identify(recipe: Work) -> Identity:
@@ -102,7 +123,7 @@ def _state(path: Path) -> Literal["empty", "run"]:
     except NotADirectoryError as error:
         raise RecipeError("is a file", f"output_dir {path}", "choose another output_dir") from error
     except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", str(path), "choose another output_dir") from error
+        raise RecipeError(f"cannot be read: {error.strerror}", f"output_dir {path}", ELSEWHERE) from error
     if "run.json" in names:
         return "run"
     strange = sorted(name for name in names if name != lock.NAME and TEMPORARY.fullmatch(name) is None)

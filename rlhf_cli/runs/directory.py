@@ -15,8 +15,8 @@ from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.recipe.lineage import differences
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.work import Work
-from rlhf_cli.runs import lock, manifest, provenance, trackers
-from rlhf_cli.runs.decide import PIECES, Decision, Identity, decide, identify, refuse_inputs_inside, stands
+from rlhf_cli.runs import lock, manifest, provenance
+from rlhf_cli.runs.decide import PIECES, Decision, Identity, check_place, decide, identify, refuse_inputs_inside, stands
 from rlhf_cli.runs.files import (
     discard,
     disk_error,
@@ -67,17 +67,14 @@ class Run:
         stranger's files in the directory, no right to write there.
         """
         path = Path(recipe.output_dir)
-        trackers.require(recipe.trackers)
+        check_place(recipe)
         if resume not in ("auto", "never") and not STAGES[recipe.stage].trains:
             raise RecipeError(f"a run of rlhf {recipe.stage} has no checkpoints", f"--resume {resume}", "auto or never")
-        for above in path.absolute().parents:
-            if (above / "run.json").is_file():
-                raise RecipeError(f"lies inside the run {above}", f"output_dir {path}", "choose a place of its own")
         identity = identify(recipe)
         refuse_inputs_inside(path, identity)
         decision = decide(path, identity, resume)
-        if decision.status != "done":
-            writable(path.parent if decision.archive else path)
+        if decision.archive:
+            writable(path.parent)
         return cls(recipe, command, resume, identity, decision)
 
     @property

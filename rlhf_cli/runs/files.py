@@ -12,15 +12,17 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, RecipeError
 
 TEMPORARY = re.compile(r"\..+\.tmp-\d+")
 _EXCHANGE = 2
 _CWD = -100
+ELSEWHERE = "choose another output_dir, where you may write"
 
 
 def temporary(path: Path) -> Path:
@@ -129,26 +131,32 @@ def remove_temporaries(*folders: Path) -> None:
 
 
 def writable(path: Path) -> None:
-    """Check that a path can be created or written into, leaving no trace. Raises ModelError."""
-    place = path
+    """Check that a path can be created or written into, leaving no trace. Raises RecipeError."""
+    place, where = path, f"output_dir {path}"
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
+    if not os.path.isdir(place) and place == path:
+        raise RecipeError("is a file", where, ELSEWHERE)
     if not os.path.isdir(place):
-        raise ModelError(f"cannot be created: {place} is not a folder", where=str(path), hint="choose another path")
+        raise RecipeError(f"cannot be created: {place} is not a folder", where, ELSEWHERE)
     reason = "" if os.access(place, os.W_OK | os.X_OK) else "permission denied or read-only"
-    if not reason and hasattr(os, "O_TMPFILE"):
-        reason = _refused(place)
-    if reason:
-        raise ModelError(f"cannot write into {place}: {reason}", where=str(path), hint="choose another output_dir")
+    if reason := reason or _refused(place):
+        raise RecipeError(f"cannot write into {place}: {reason}", where, ELSEWHERE)
 
 
 def _refused(place: Path) -> str:
-    """Why the system refuses a nameless file there; empty when it does not, or when it knows no such files."""
+    """Why the system refuses a nameless file there (a folder, where it has no such files); empty when it does not."""
     try:
-        os.close(os.open(place, os.O_TMPFILE | os.O_RDWR))
+        if hasattr(os, "O_TMPFILE"):
+            os.close(os.open(place, os.O_TMPFILE | os.O_RDWR))
+            return ""
     except OSError as error:
-        unknown = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
-        return "" if error.errno in unknown else os.strerror(error.errno or 0)
+        if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}:
+            return os.strerror(error.errno or 0)
+    try:
+        tempfile.TemporaryDirectory(prefix=".rlhf-", dir=place).cleanup()
+    except OSError as error:
+        return "nothing can be created there" if error.errno == errno.ENOENT else os.strerror(error.errno or 0)
     return ""
 
 

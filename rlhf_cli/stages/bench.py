@@ -33,6 +33,7 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import evaluated, product
+from rlhf_cli.stages.company import tell_shares
 from rlhf_cli.stages.evaluated import finite
 from rlhf_cli.stages.product import Piece
 from rlhf_cli.train.passes import Frozen
@@ -66,6 +67,7 @@ def run(
         return
     model = frozen_role("reward", recipe.model, text, None)
     display.note(f"model: {text.path.name}, {str(model.base.dtype)[6:]}, on {model.base.device}")
+    tell_shares(recipe.distributed, model.base, display)
     asked = Frozen(display, micro_batch_range(model.base.device).usual)
     score = partial(by_steps, text, trained["objective"]) if kind == "process" else partial(by_score, kind == "cost")
     lineage = {"role": "data", "base": {"name": model.base.source, "fingerprint": model.base.fingerprint},
@@ -73,15 +75,15 @@ def run(
     product.begin(run, display, lineage, report, bad)
     starts = range(0, len(items), evaluated.AT_ONCE)
 
-    def piece(number: int) -> Piece:
-        part = items[starts[number] : starts[number] + evaluated.AT_ONCE]
+    def pieces(numbers: range) -> Piece:
+        part = items[starts[numbers.start] : numbers.stop * evaluated.AT_ONCE]
         rows = score(part, model, asked.infer)
         return Piece(rows, {"examples": float(len(rows))})
 
-    product.make(run, display, len(starts), piece)
-    rows = list(product.made_rows(run))
-    found = {"kind": kind, "model": text.path.name, **figures.figures(rows, recipe.seed)}
-    evaluated.finish(run, display, found)
+    product.make(run, display, len(starts), pieces)
+    evaluated.finish(run, display, lambda: {
+        "kind": kind, "model": text.path.name, **figures.figures(list(product.made_rows(run)), recipe.seed)
+    })  # fmt: skip
 
 
 def read_judged(recipe: EvalRecipe, text: Text) -> dict[str, Prepared]:

@@ -22,6 +22,7 @@ from rlhf_cli.rollouts.rows import Rows
 from rlhf_cli.rollouts.sampling import Sampling
 
 COMMANDS = "/again another answer, /new from the start, /quit (or end of input) to leave"
+BARE = "its tokenizer has no chat template: it goes on writing after your lines, as they stand"
 
 
 @dataclass
@@ -156,6 +157,9 @@ def run(
     if len(set(names)) < len(names):
         raise ModelError("is named twice", names[0], "name two different models")
     conversation = Conversation(open_speakers(names, quantization), sampling, system, seed, write)
+    for speaker in conversation.speakers:
+        if speaker.text.template.chat is None:
+            print(f"{speaker.name}: {BARE}", file=sys.stderr)
     asks = sys.stdin.isatty()
     if asks:
         print(COMMANDS, file=sys.stderr)

@@ -32,11 +32,10 @@ from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
 from rlhf_cli.runs.signals import Signals
 from rlhf_cli.runs.trackers import open_trackers
+from rlhf_cli.stages.company import tell_shares
 from rlhf_cli.stages.shelf import open_shelf
 from rlhf_cli.train import checkpoint, fitting, snapshot
 from rlhf_cli.train.engine import Engine
-
-ALONE = "distributed.shard full: a single process has nothing to share out"
 
 
 def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
@@ -61,6 +60,19 @@ def total_steps(recipe: Recipe, loader: Loader) -> int:
     return max(1, math.ceil(recipe.training.num_epochs * loader.steps_per_epoch))
 
 
+def tell_length(recipe: Recipe, loader: Loader, display: Display, what: str = "examples") -> None:
+    """How long the run will be, and a warning when a step holds fewer than it was asked to."""
+    steps, size = total_steps(recipe, loader), loader.epoch_size
+    each, epochs = min(loader.batch_size, size), f"{steps / loader.steps_per_epoch:.3g}"
+    times, passes = "step" if steps == 1 else "steps", "epoch" if epochs == "1" else "epochs"
+    display.note(f"training: {steps:,} {times} of {each:,} {what}, {epochs} {passes} of {size:,}")
+    if loader.batch_size > size:
+        display.warn(
+            f"a step asks for {loader.batch_size:,} {what} and an epoch has {size:,}: every step takes just these "
+            f"{size:,}, and is an epoch (lower training.batch_size)"
+        )
+
+
 def open_engine(
     recipe: Recipe, run: Run, display: Display, loader: Loader, learners: Sequence[tuple[Role, float]], *, idle: int = 0
 ) -> Engine:
@@ -73,8 +85,7 @@ def open_engine(
         engine.add(role, learning_rate, idle=idle if role is policy else 0)
     engine.kept["loader"] = loader
     fitting.settle(engine)
-    if recipe.distributed.shard == "full":
-        display.note(sharding.words(policy.base) if policy.base.shards else ALONE)
+    tell_shares(recipe.distributed, policy.base, display)
     return engine
 
 

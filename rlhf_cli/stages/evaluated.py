@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlhf_cli.data.prepare import EVALUATED, Prepared, prepare
 from rlhf_cli.data.quarantine import BadRows
 from rlhf_cli.data.report import DataReport
 from rlhf_cli.errors import DivergedError
+from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text
 from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.recipe.evaluation import EvalRecipe
@@ -69,13 +70,18 @@ def finite(value: float, where: str, what: str) -> float:
     return value
 
 
-def finish(run: Run, display: Display, found: dict[str, Any]) -> None:
+def finish(run: Run, display: Display, figures: Callable[[], dict[str, Any]]) -> None:
     """The rows, the figures in every form, then DONE."""
-    product.write_rows(run.path / PRODUCT, product.made_rows(run))
-    run.put(FIGURES, found)
-    write_evaluation(run.path)
-    for line in lines_of(found):
-        display.note(line)
-    run.finish({"step": 0})
-    remove_quietly(run.path / PIECES)
+
+    def first() -> None:
+        found = figures()
+        product.write_rows(run.path / PRODUCT, product.made_rows(run))
+        run.put(FIGURES, found)
+        write_evaluation(run.path)
+        for line in lines_of(found):
+            display.note(line)
+        run.finish({"step": 0})
+        remove_quietly(run.path / PIECES)
+
+    processes.first(first, "writing the figures")
     display.note(f"done: {run.path / FIGURES}")

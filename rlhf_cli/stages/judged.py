@@ -16,18 +16,16 @@ import numpy as np
 from rlhf_cli.data.completions import Candidate, by_prompt, plain_prompt, read_completions
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.base import check_length, load_text
-from rlhf_cli.models.build import load_frozen
-from rlhf_cli.models.device import micro_batch_range, pick_device
-from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.data_stages import ScoreRecipe
 from rlhf_cli.rollouts.referee import Match, Opinion, Referee, load_referee
+from rlhf_cli.rollouts.voices import Voice
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import product
 from rlhf_cli.stages.product import Piece
 from rlhf_cli.stages.scored import written
-from rlhf_cli.train.passes import Frozen
+from rlhf_cli.stages.voice import close_voice, open_voice
 
 AT_ONCE = 64
 """Matches of a piece, about."""
@@ -54,28 +52,28 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
         matches.append(matched(group, referee, recipe.seed, number))
         number += len(matches[-1])
     longest = max(len(referee.question(one[2], swapped=False).prompt) for met in matches for one in met)
-    check_length(text, longest + max(map(len, referee.labels)), "the longest question to the judge")
+    longest += max(map(len, referee.labels))
+    check_length(text, longest, "the longest question to the judge")
     display.note(f"{number} matches of {len(found.items)} completions, {len(referee.principles) or 'no'} principles")
     if options.dry_run:
         display.note(f"dry run: {number * (2 if recipe.judge.both_orders else 1)} questions")
         return
-    judge = load_frozen(recipe.judge.model, text)
-    asked = Frozen(display, micro_batch_range(pick_device()).usual)
+    voice, fingerprint = open_voice(recipe.judge, referee, longest, recipe.distributed, run, display)
     lineage = {"role": "data", "template": text.template.digest, "judge": text.path.name,
-               "base": {"name": judge.base.source, "fingerprint": judge.base.fingerprint}}  # fmt: skip
+               "base": {"name": text.source, "fingerprint": fingerprint}}  # fmt: skip
     product.begin(run, display, lineage, found.report, found.bad)
     pieces = cut([len(met) for met in matches])
 
-    def piece(number: int) -> Piece:
-        start, stop = pieces[number]
-        return judged(groups[start:stop], matches[start:stop], referee, judge, asked)
+    def some(numbers: range) -> Piece:
+        part = slice(pieces[numbers.start][0], pieces[numbers.stop - 1][1])
+        return judged(groups[part], matches[part], referee, voice)
 
-    sums = product.make(run, display, len(pieces), piece)
+    sums = product.make(run, display, len(pieces), some)
+    close_voice(voice, display)
     facts = summary(len(found.items), sums)
     for line, bad in told(facts):
         (display.warn if bad else display.note)(line)
-    product.write_rows(run.path / COMPARISONS, product.made_rows(run, "more"))
-    product.finish(run, display, product.made_rows(run), facts)
+    product.finish(run, display, product.made_rows(run), facts, {COMPARISONS: product.made_rows(run, "more")})
 
 
 UNHEARD = 0.1
@@ -121,12 +119,11 @@ def cut(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def judged(
-    groups: Sequence[Group], matches: Sequence[list[tuple[int, int, Match]]], referee: Referee, judge: Role,
-    asked: Frozen,
-) -> Piece:  # fmt: skip
+    groups: Sequence[Group], matches: Sequence[list[tuple[int, int, Match]]], referee: Referee, voice: Voice
+) -> Piece:
     """Scores and comparisons of some prompts."""
     every = [match for met in matches for _, _, match in met]
-    opinions = iter(referee(every, judge, asked.infer) if every else [])
+    opinions = iter(referee(every, voice) if every else [])
     rows: list[dict[str, Any]] = []
     more: list[dict[str, Any]] = []
     figures = {"matches": float(len(every)), "first": 0.0, "flips": 0.0, "scored": 0.0, "questions": 0.0, "mass": 0.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rlhf_cli.data.completions import plain_prompt
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DataError, ModelError, RecipeError
+from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import frozen_role, load_frozen
 from rlhf_cli.models.device import micro_batch_range
@@ -36,6 +38,7 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import evaluated, product, spoken
+from rlhf_cli.stages.company import tell_shares
 from rlhf_cli.stages.evaluated import finite
 from rlhf_cli.stages.matches import Matches, open_matches
 from rlhf_cli.stages.product import Piece
@@ -84,6 +87,7 @@ def run(recipe: EvalRecipe, text: Text, run: Run, display: Display, options: Opt
     if options.dry_run:
         display.note(f"dry run: {', '.join(one.name for one in contenders)}; {len(report.sources)} sources")
         return
+    matches.look(run)
     servers = [open_server(recipe, one, run) for one in contenders]
     lineage = {"role": "data", "models": [
         {"name": one.name, "template": one.text.template.digest, "digest": (one.text.path.run or {}).get("digest")}
@@ -91,11 +95,13 @@ def run(recipe: EvalRecipe, text: Text, run: Run, display: Display, options: Opt
     ]}  # fmt: skip
     product.begin(run, display, lineage, report, bad)
     work = Work(recipe, contenders, servers, matches, run, display)
-    product.make(run, display, len(work.pieces), work.piece)
+    product.make(run, display, len(work.pieces), work.make, at_once=processes.count(), borders=work.borders)
+    matches.close()
     if servers[0] is not None:  # one mark for the adapters of all
         servers[0].close(display.warn)
-    found = {"kind": "language", "model": text.path.name, **spoken.figures(recipe, work.names, run, matches.pairs)}
-    evaluated.finish(run, display, found)
+    evaluated.finish(run, display, lambda: {
+        "kind": "language", "model": text.path.name, **spoken.figures(recipe, work.names, run, matches.pairs)
+    })  # fmt: skip
 
 
 def open_server(recipe: EvalRecipe, one: Contender, run: Run) -> Server | None:
@@ -185,18 +191,20 @@ class Work:
                 starts = range(0, len(one.prompts.train), max(1, evaluated.AT_ONCE // self.each))
                 self.pieces += [("completions", one.number, start) for start in starts]
         self.pieces += [("matches", 0, start) for start in matches.starts]
+        kinds = [piece[:2] for piece in self.pieces]
+        self.borders = [n for n, (before, kind) in enumerate(pairwise(kinds), start=1) if kind != before]
 
-    def piece(self, number: int) -> Piece:
-        """A part of the work, the same whatever came before."""
-        what, of, start = self.pieces[number]
+    def make(self, numbers: range) -> Piece:
+        """A part of the work, the same whatever came before: pieces of one kind, of one model."""
+        what, of, start = self.pieces[numbers.start]
         if what == "matches":
             self._open = None
-            return self.matches.piece(start, self.run)
+            return self.matches.pieces(start, len(numbers), self.run)
         one = self.contenders[of]
         if self._open is None or self._open[0] != of:
             self._open = None  # the weights of the one before go first
             self._open = (of, self._opened(one))
-        return (self._losses if what == "losses" else self._completions)(one, self._open[1], start)
+        return (self._losses if what == "losses" else self._completions)(one, self._open[1], start, len(numbers))
 
     def _opened(self, one: Contender) -> Opened:
         policy = load_frozen(one.settings, one.text)
@@ -207,11 +215,12 @@ class Work:
             )
         rewards = open_rewards(one.rewards, one.settings, policy.base, one.text)
         self.display.note(f"model: {one.name}, {str(policy.base.dtype)[6:]}, on {policy.base.device}")
+        tell_shares(self.recipe.distributed, policy.base, self.display)
         return Opened(policy, reference, rewards, Frozen(self.display, micro_batch_range(policy.base.device).usual))
 
-    def _losses(self, one: Contender, opened: Opened, start: int) -> Piece:
+    def _losses(self, one: Contender, opened: Opened, start: int, count: int) -> Piece:
         assert one.demonstrations is not None
-        data, stop = one.demonstrations, start + evaluated.AT_ONCE
+        data, stop = one.demonstrations, start + count * evaluated.AT_ONCE
         samples = [data.train[n] for n in range(start, min(stop, len(data.train)))]
         policy, sources = opened.policy, self.recipe.data.demonstrations or []
         parts = opened.asked.infer(policy, samples, lambda b: policy.logp(b, statistics="none").logp, "token")
@@ -223,9 +232,10 @@ class Work:
         ]  # fmt: skip
         return Piece([], {"tokens": float(sum(row["tokens"] for row in more))}, more)
 
-    def _completions(self, one: Contender, opened: Opened, start: int) -> Piece:
+    def _completions(self, one: Contender, opened: Opened, start: int, count: int) -> Piece:
         assert one.prompts is not None
-        stop = min(start + max(1, evaluated.AT_ONCE // self.each), len(one.prompts.train))
+        prompts_of_a_piece = max(1, evaluated.AT_ONCE // self.each)
+        stop = min(start + count * prompts_of_a_piece, len(one.prompts.train))
         tasks, template = one.prompts.tasks_train[start:stop], one.text.template
         prompts = [one.prompts.train[n].prompt for n in range(start, stop)]
         sampling = served(Sampling.of(self.recipe.rollout, template), self.servers[one.number])
@@ -234,7 +244,7 @@ class Work:
         rows = [self._row(one, rollout, n, start + n // self.each) for n in range(len(rollout.completions))]
         sums = {"tokens": float(sum(row["length"] for row in rows))}
         if opened.rewards:
-            totals = judge(opened.rewards, rollout, opened.asked.infer)
+            totals = judge(opened.rewards, rollout, opened.asked.infer, prompts_of_a_piece * self.each)
             rows = [row | fields_of(totals, n) for n, row in enumerate(rows)]
             known = totals.reward.totals[totals.reward.valid]
             sums |= {"scored": float(len(known)), "score": float(known.sum())}

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,10 +19,11 @@ from rlhf_cli.models.checkpointing import Footprint
 from rlhf_cli.models.device import micro_batch_range, pick_device
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.scratch import HeadUse, draw_bytes, head_bytes
+from rlhf_cli.models.sizing import gathered_bytes
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.stages.plan_model import Model, Target, look_at
-from rlhf_cli.stages.plan_roles import Part, shared
-from rlhf_cli.stages.plan_traffic import AT_ONCE, GRADIENT, Traffic, gathered_bytes
+from rlhf_cli.stages.plan_roles import Part, cut_of
+from rlhf_cli.stages.plan_traffic import AT_ONCE, GRADIENT, Traffic
 from rlhf_cli.stages.plan_work import Data, Demand, Use, demand, read, tokens_of, use
 from rlhf_cli.train.fitting import SHARE, layers_to_recompute, tokens_that_fit
 
@@ -67,9 +68,11 @@ class Plan:
     """What processes send one another; None for one alone."""
 
 
-def plan(recipe: Recipe, vram: float | None, *, timed: bool, world: int = 1) -> Plan:
-    """Work it out for one of `world` processes. vram: GiB of its card; None: this machine. Raises RlhfError."""
-    target = _target(vram, world)
+def plan(recipe: Recipe, vram: float | None, *, timed: bool, world: int = 1, beside: int | None = None) -> Plan:
+    """Work it out for one of `world` processes. vram: GiB of its card; None: this machine. beside: how many of them a
+    machine has. Raises RlhfError."""
+    cut_of(recipe, world, beside)
+    target = replace(_target(vram, world), beside=beside)
     text = load_text(recipe.model, weights=False)
     data = read(recipe, text)
     model = look_at(recipe, text, data, target, timed=timed)
@@ -93,8 +96,9 @@ def _target(vram: float | None, world: int) -> Target:
 def traffic(recipe: Recipe, data: Data, model: Model, estimate: Estimate, world: int) -> Traffic:
     """The terms for a step of this recipe."""
     stand = model.standing
-    matrices = gathered_bytes(model.outline) if shared(recipe, world) else 0
-    return Traffic(world, stand.replicated, stand.spread, matrices, estimate.demand.rounds, data.updates / data.steps)
+    matrices = gathered_bytes(model.outline, recipe.model.quantization, model.cut) if model.cut > 1 else 0
+    often = estimate.demand.rounds
+    return Traffic(world, model.cut, stand.replicated, stand.spread, matrices, often, data.updates / data.steps)
 
 
 # --- what it adds up to ----------------------------------------------------------------------------------------------
@@ -115,8 +119,8 @@ def estimated(recipe: Recipe, data: Data, model: Model, target: Target) -> Estim
         Part("all", "gradients", stand.gradients, "counted"), training[1],
         Part("all", "gradient of the embeddings", round(tail) + stand.embedding, "counted"),
     ]  # fmt: skip
-    if shared(recipe, target.world):
-        training += _whole_layers(model, trained=stand.spread > 0)
+    if model.cut > 1:
+        training += _whole_layers(recipe, model, trained=stand.spread > 0)
     moments: dict[str, list[Part]] = {"training": training, "end of the backward pass": ending}
     if target.kind == "cpu":
         moments["loading"] = [Part("all", "checks of the largest tensor", _checked(stand.largest), "counted")]
@@ -126,7 +130,7 @@ def estimated(recipe: Recipe, data: Data, model: Model, target: Target) -> Estim
         moments["saving"] += [held] if stand.largest_trained > MAPPED else []
         ending += [held] if stand.embedding > MAPPED else []
     if isinstance(recipe, PPORecipe) and model.prefill is not None:
-        moments |= _sampling(recipe, data, model, training[1], whole=shared(recipe, target.world))
+        moments |= _sampling(recipe, data, model, training[1])
     common = [Part("all", "before there is a model", model.idle, "measured" if target.kind == "cpu" else "assumed")]
     common += [Part("all", "freed memory kept by the C library", KEPT, "assumed")] if target.kind == "cpu" else []
     common += [Part("policy", "pages of its file that stay", model.mapped, "counted")] if model.mapped else []
@@ -138,10 +142,11 @@ def estimated(recipe: Recipe, data: Data, model: Model, target: Target) -> Estim
     return Estimate((*common, *moments[largest]), sums, budget, recomputed, wanted)
 
 
-def _whole_layers(model: Model, *, trained: bool) -> list[Part]:
+def _whole_layers(recipe: Recipe, model: Model, *, trained: bool) -> list[Part]:
     """Of layers that are held in parts, those that are gathered at once, and the gradient of one."""
-    parts = [Part("all", "layers gathered at once", gathered_bytes(model.outline, AT_ONCE), "assumed")]
-    size = GRADIENT * gathered_bytes(model.outline, 1) // model.outline.dtype.itemsize
+    of, packing = model.outline, recipe.model.quantization
+    parts = [Part("all", "layers gathered at once", gathered_bytes(of, packing, model.cut, AT_ONCE), "assumed")]
+    size = GRADIENT * gathered_bytes(of, packing, model.cut, 1) // of.dtype.itemsize
     return [*parts, Part("all", "gradients of a layer, whole", size, "assumed")] if trained else parts
 
 
@@ -185,11 +190,11 @@ def _footprint(model: Model) -> Footprint:
     return Footprint(model.layers, layer, 0.0, border, keep.kept.rest.each)
 
 
-def _sampling(recipe: PPORecipe, data: Data, model: Model, optimiser: Part, *, whole: bool) -> dict[str, list[Part]]:
-    """The prompts whole, and then a token a row with all keys and values. whole: whether layers held in parts are
-    gathered for it."""
+def _sampling(recipe: PPORecipe, data: Data, model: Model, optimiser: Part) -> dict[str, list[Part]]:
+    """The prompts whole, and then a token a row with all keys and values; layers held in parts are gathered for it."""
     assert model.prefill is not None
-    gathered = [Part("policy", "layers gathered", gathered_bytes(model.outline), "counted")] if whole else []
+    size = gathered_bytes(model.outline, recipe.model.quantization, model.cut)
+    gathered = [Part("policy", "layers gathered", size, "counted")] if model.cut > 1 else []
     rollout, config = recipe.rollout, model.outline.model.config
     each = min(rollout.completions_per_prompt, rollout.max_batch)
     first = {s.prompt.tobytes(): s for one in data.deals[: recipe.ppo.mini_batches] for s in one}

@@ -67,7 +67,7 @@ def _ladder(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
     while budget >= allowed.least:
         yield (f"training.micro_batch_tokens={budget}",), f"{same}, slower where rows are short"
         budget //= 4
-    if plan.target.world > 1 and recipe.model.quantization == "none" and recipe.distributed.shard == "none":
+    if plan.target.world > 1 and recipe.model.quantization != "int8" and recipe.distributed.shard == "none":
         yield ("distributed.shard=full",), f"{same}, the layers travel for each micro-batch"
     if isinstance(recipe, PPORecipe):
         rows = recipe.rollout.max_batch // 4
@@ -100,7 +100,7 @@ def _try(plan: Plan, reread: Reread, sets: tuple[str, ...], words: str, known: d
     key = _loaded_as(recipe)
     if key not in known:
         known[key] = look_at(recipe, plan.text, data, plan.target, timed=False)
-    model = known[key].standing_of(recipe, plan.text, plan.target.world)
+    model = known[key].standing_of(recipe, plan.text, plan.target)
     left = len(plan.data.prepared.train) - len(data.prepared.train)
     peak = estimated(recipe, data, model, plan.target).peak
     words = f"{left:,} examples left out" if left and "data.max_length" in sets[-1] else words

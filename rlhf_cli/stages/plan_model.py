@@ -17,7 +17,7 @@ from rlhf_cli.models.portions import portions
 from rlhf_cli.models.shortened import Measured, head_seconds, measure, role_of, shortened
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.rollouts.prefill import Prefill, prefill
-from rlhf_cli.stages.plan_roles import Standing, standing
+from rlhf_cli.stages.plan_roles import Standing, cut_of, standing
 from rlhf_cli.stages.plan_work import Data, demand, use
 
 CONTEXT = 512 * 2**20
@@ -41,6 +41,8 @@ class Target:
     """Whether the user said how much."""
     world: int = 1
     """Processes that train together; each has this room."""
+    beside: int | None = None
+    """How many of them a machine has, where that is said."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ class Model:
     layers: int
     mapped: int
     """Bytes of quantised matrices as their file has them: it stays mapped for the tensors that are used as they lie."""
+    cut: int = 1
+    """Processes that share its layers out among themselves."""
 
-    def standing_of(self, recipe: Recipe, text: Text, world: int) -> Model:
+    def standing_of(self, recipe: Recipe, text: Text, target: Target) -> Model:
         """The same for a recipe that loads its model alike."""
-        return replace(self, standing=standing(recipe, text, self.outline, use(recipe), world))
+        cut = cut_of(recipe, target.world, target.beside)
+        return replace(self, standing=standing(recipe, text, self.outline, use(recipe), cut), cut=cut)
 
 
 def look_at(recipe: Recipe, text: Text, data: Data, target: Target, *, timed: bool) -> Model:
@@ -81,7 +86,7 @@ def look_at(recipe: Recipe, text: Text, data: Data, target: Target, *, timed: bo
         examples = demand(data, usual, packed=base.packed, world=target.world).largest
         batches = portions(examples, tokens, base.vocabulary, packed=base.packed)
         found = None
-        if isinstance(recipe, PPORecipe):
+        if isinstance(recipe, PPORecipe) and recipe.rollout.engine != "vllm":  # a server samples elsewhere
             prompt = max((len(s.prompt) for one in data.deals for s in one), default=1)
             found = prefill(role, max(1, min(prompt, tokens // PROMPTS)), prompt)
         seconds = head_seconds(base, text.config.get_text_config().vocab_size) if timed and how.head.statistics else 0.0
@@ -91,10 +96,11 @@ def look_at(recipe: Recipe, text: Text, data: Data, target: Target, *, timed: bo
     gc.collect()
     memory.give_back()
     idle = memory.resident() if target.kind == "cpu" else CONTEXT
-    stand = standing(recipe, text, outline, how, target.world)
+    cut = cut_of(recipe, target.world, target.beside)
+    stand = standing(recipe, text, outline, how, cut)
     as_filed = target.kind == "cpu" and getattr(text.config, "dtype", None) == dtype
-    mapped = stand.weights.quantised * dtype.itemsize if as_filed else 0
-    return Model(outline, stand, measured, found, idle, seconds, layers, mapped)
+    mapped = stand.weights.quantised * dtype.itemsize if as_filed and cut == 1 else 0
+    return Model(outline, stand, measured, found, idle, seconds, layers, mapped, cut)
 
 
 def _assumed(recipe: Recipe, target: Target) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf_cli.catalog import ESTIMATORS
 from rlhf_cli.data.prepare import data_needs
+from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import sizing
 from rlhf_cli.models.base import Base, Text, load_text
 from rlhf_cli.models.gate import ADAPTER, header
@@ -54,8 +55,9 @@ class Standing:
     loading: int
     """Bytes of the base beyond its part, which are there until it is shared out."""
     replicated: int
-    """Numbers that are trained whole by every process, and in parts."""
+    """Numbers that are trained whole by every process."""
     spread: int
+    """Numbers that are trained in parts, every part filled up to the largest."""
 
     @property
     def fixed(self) -> int:
@@ -63,13 +65,14 @@ class Standing:
         return sum(part.bytes for part in self.parts)
 
 
-def standing(recipe: Recipe, text: Text, outline: Base, use: Use, world: int = 1) -> Standing:
-    """All roles of the recipe, as one of so many processes holds them. Raises ModelError for a missing model."""
-    cut = world if shared(recipe, world) else 1
-    found = sizing.weights(outline, recipe.model.quantization)
+def standing(recipe: Recipe, text: Text, outline: Base, use: Use, cut: int = 1) -> Standing:
+    """All roles of the recipe, as one of `cut` processes that share layers out holds them. Raises ModelError for a
+    missing model."""
+    packing = recipe.model.quantization
+    found = sizing.weights(outline, packing)
     name = "reward" if isinstance(recipe, RewardRecipe) else "policy"
-    words = recipe.model.quantization if recipe.model.quantization != "none" else str(_dtype(outline))[6:]
-    less = sizing.saved(outline, cut) * _dtype(outline).itemsize
+    words = packing if packing != "none" else str(_dtype(outline))[6:]
+    less = sizing.saved(outline, packing, cut) if cut > 1 else 0
     parts = [Part(name, f"weights, {words}", found.bytes - less, "counted")]
     whole, matrices = _trained(recipe, outline, use), sizing.layer_matrices(outline)
     learned = [sizing.part(p, cut) if cut > 1 and id(p) in matrices else p for p in whole]
@@ -91,17 +94,29 @@ def standing(recipe: Recipe, text: Text, outline: Base, use: Use, world: int = 1
     embedding, head = outline.model.get_input_embeddings(), outline.model.get_output_embeddings()
     extra = max((p.numel() for those in learners.values() for p in those), default=0)
     trained = sum(p.numel() for p in whole) * len(learners) + (hidden + 1) * (len(learners) - 1)
-    spread = sum(p.numel() for p in whole if cut > 1 and id(p) in matrices) * len(learners)
+    spread = sum(cut * sizing.part(p, cut).numel() for p in whole if cut > 1 and id(p) in matrices) * len(learners)
+    packed = found.quantised * _dtype(outline).itemsize if cut > 1 else 0  # plain until each layer is shared out
+    apart = sum(p.numel() for p in whole if cut > 1 and id(p) in matrices) * len(learners)
     return Standing(
         tuple(parts), max(gradients), sizing.nbytes(head.parameters()) if full and not use.outputs else 0,
         sizing.nbytes(embedding.parameters()) if full else 0, sum(states), found.largest, 4 * extra, found,
-        trained, trained if recipe.lora is not None else 0, less, trained - spread, spread,
+        trained, trained if recipe.lora is not None else 0, less + packed, trained - apart, spread,
     )  # fmt: skip
 
 
-def shared(recipe: Recipe, world: int) -> bool:
-    """Whether each of so many processes holds a part of the layers."""
-    return world > 1 and recipe.distributed.shard == "full"
+def cut_of(recipe: Recipe, world: int, beside: int | None) -> int:
+    """How many of so many processes share layers out among themselves, `beside` on each machine. Raises RecipeError for
+    `hybrid` where it would be refused."""
+    shard, where = recipe.distributed.shard, "--processes-per-machine"
+    if shard != "hybrid" or world == 1:
+        return world if shard == "full" else 1
+    if beside is None:
+        raise RecipeError("distributed.shard is hybrid, and how many processes a machine has is not said", where,
+                          "give it, for instance --processes-per-machine 8")  # fmt: skip
+    if not 1 < beside < world or world % beside:
+        raise RecipeError(f"{world} processes are no machines of {beside}, and distributed.shard hybrid needs several, "
+                          "with as many on each", where, "give another number, or set full")  # fmt: skip
+    return beside
 
 
 def _dtype(outline: Base) -> torch.dtype:
@@ -135,7 +150,8 @@ def _reference(recipe: Recipe, text: Text, outline: Base, own: int, cut: int) ->
     if named is not None:
         yield from _frozen("reference", named, recipe, text, outline, cut)
     elif recipe.lora is None:
-        numbers = sum(p.numel() for p in outline.model.parameters()) - sizing.saved(outline, cut)
+        numbers = sum(p.numel() for p in outline.model.parameters())
+        numbers -= sizing.saved(outline, "none", cut) // _dtype(outline).itemsize
         size = numbers * outline.dtype.itemsize
         yield Part("reference", f"a frozen copy, {str(outline.dtype)[6:]}", size, "counted")
     elif text.path.kind == "adapter" or (isinstance(recipe, PPORecipe) and recipe.ppo.reference_update is not None):
@@ -166,7 +182,8 @@ def _frozen(role: str, name: str, recipe: Recipe, text: Text, outline: Base, cut
         yield Part(role, "the policy's base with adapters off", 0, "counted")
         return
     base = sizing.outline(other, settings, outline.dtype, None, trained=False)
-    size = sizing.weights(base, recipe.model.quantization).bytes - sizing.saved(base, cut) * outline.dtype.itemsize
+    packing = recipe.model.quantization
+    size = sizing.weights(base, packing).bytes - (sizing.saved(base, packing, cut) if cut > 1 else 0)
     yield Part(role, "weights of its own", size, "counted")
 
 

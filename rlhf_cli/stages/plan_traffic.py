@@ -4,17 +4,16 @@ N processes, each telling of itself:
 
 - gradients of what every process trains whole are added up once a step, in float32: 4 bytes a number are handed over,
   of which a ring sends 2 (N - 1) / N;
-- with `distributed.shard: full` the matrices of the layers are gathered for each micro-batch's forward pass and again
-  for its backward pass, and gradients of those that are trained are added up and dealt out after it, in float32: of
-  each, (N - 1) / N is sent.
+- of layers held in parts by P processes (`full`: P = N; `hybrid`: those of a machine) the matrices are gathered for
+  each micro-batch's forward pass and again for its backward pass, and gradients of those that are trained are added up
+  and dealt out after it, in float32: of each, (P - 1) / P is sent;
+- with `hybrid` each of the C = N / P machines then adds up the gradients of its parts with the others, micro-batch by
+  micro-batch: of a P-th of them, a ring sends 2 (C - 1) / C.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from rlhf_cli.models import sizing
-from rlhf_cli.models.base import Base
 
 GRADIENT = 4
 """Bytes of a number of a gradient that is added up."""
@@ -29,12 +28,14 @@ class Traffic:
     """Terms of the formula; bytes of a step are those of its updates together."""
 
     world: int
+    parts: int
+    """Processes that hold the parts of a layer among them; 1: every process holds all."""
     replicated: int
     """Numbers that are trained whole by every process."""
     spread: int
-    """Numbers that are trained in parts."""
+    """Numbers that are trained in parts, every part filled up to the largest."""
     matrices: int
-    """Bytes of the layers' matrices as they are gathered; 0 where every process holds them whole."""
+    """Bytes of the layers' matrices as they are gathered, filled up alike; 0 where every process holds them whole."""
     micro_batches: float
     """Of an update, of the process that has most."""
     updates: float
@@ -52,23 +53,26 @@ class Traffic:
 
     @property
     def gathered(self) -> float:
-        """Bytes of layers that it sends."""
-        return self.updates * self.micro_batches * GATHERED * self.matrices * (self.world - 1) / self.world
+        """Bytes of layers that it sends: `distributed/gathered_bytes`, of what is trained."""
+        return self.updates * self.micro_batches * GATHERED * self.matrices * (self.parts - 1) / self.parts
 
     @property
     def scattered(self) -> float:
-        """Bytes of gradients of parts that it sends."""
-        return self.updates * self.micro_batches * GRADIENT * self.spread * (self.world - 1) / self.world
+        """Bytes of gradients of parts that it sends: `distributed/scattered_bytes`."""
+        return self.updates * self.micro_batches * GRADIENT * self.spread * (self.parts - 1) / self.parts
+
+    @property
+    def copies(self) -> int:
+        """Machines that hold all layers each, of `hybrid`; else 1."""
+        return self.world // self.parts if self.matrices else 1
+
+    @property
+    def copied(self) -> float:
+        """Bytes of gradients of parts that it sends to other machines: `distributed/copied_bytes`."""
+        own = self.updates * self.micro_batches * GRADIENT * self.spread / self.parts
+        return 2 * own * (self.copies - 1) / self.copies
 
     @property
     def sent(self) -> float:
         """Bytes that it sends in a step, training alone."""
-        return self.ring + self.gathered + self.scattered
-
-
-def gathered_bytes(base: Base, layers: int | None = None) -> int:
-    """Bytes of the matrices of all layers, whole and in the dtype of the computation; of so many of them."""
-    matrices = sizing.layer_matrices(base).values()
-    every = sum(p.numel() for p in matrices) * base.dtype.itemsize
-    count = int(base.model.config.get_text_config().num_hidden_layers)
-    return every if layers is None else every * min(layers, count) // max(count, 1)
+        return self.ring + self.gathered + self.scattered + self.copied

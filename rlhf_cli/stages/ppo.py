@@ -60,6 +60,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
         display.warn(sampling.warning)
     rollout = recipe.training.batch_size * recipe.ppo.mini_batches
     loader = common.make_loader(recipe, data, rollout // recipe.rollout.completions_per_prompt)
+    common.tell_length(recipe, loader, display, "prompts")
     steps = common.total_steps(recipe, loader)
     if steps <= recipe.critic.pretrain_steps:
         raise RecipeError(f"all {steps} steps of the run would pre-train the critic", "critic.pretrain_steps",
@@ -131,6 +132,8 @@ class PPO:
         if self.settings.reference_update is not None:
             engine.kept_tensors["reference"] = weights_of(roles.reference)
         self.newest: Rolled | None = None
+        self.told = False
+        """Whether it was said that all completions are cut; the doctor goes on watching that."""
 
     def iterate(self, tasks: list[Task], samples: list[Sample]) -> dict[str, float]:
         """One rollout and its updates."""
@@ -148,6 +151,7 @@ class PPO:
             )
             if not bool(rolled.experience.finished.any()):
                 self.engine.display.warn(ppo_setup.all_cut(self.settings))
+                self.told = True
         self.progress.episodes += len(rolled.reward.raw)
         if self.lagrange is not None and rolled.cost is not None and not warming:
             self.lagrange.follow(rolled.cost.raw.tolist())
@@ -161,7 +165,9 @@ class PPO:
                 metrics |= self.updates.pretrain(lesson, seed) if warming else self.updates.learn(lesson, seed)  # 5
             self.progress.learned += 0 if warming else len(kept.reward.raw)
         else:
-            self.engine.display.warn("every completion of this rollout was cut: there is nothing to learn from")
+            if not self.told:
+                self.engine.display.warn("every completion of this rollout was cut: there is nothing to learn from")
+                self.told = True
             metrics |= self.figures(rolled, None, None)
         if not warming:
             self.kl.update(metrics["objective/kl"], len(rolled.reward.raw))  # 6

@@ -37,6 +37,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
     setup.check_scale(terms, data.train)
     named = setup.named_reference(recipe, text)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
+    common.tell_length(recipe, loader, display)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
         return

@@ -1,7 +1,8 @@
 """What the commands that make data share: rows are made piece by piece, and a run that was stopped goes on.
 
-A piece is a fixed part of the work, made the same way whatever came before. Each is one line of `data.pieces`; the last
-line may be cut and is made again. When all are there, `data.jsonl` is written as a whole.
+A piece is a fixed part of the work, made the same way whatever came before. Each is one line of `data.pieces`, or some
+of them are, which several processes have made together; the last line may be cut and is made again. When all are there,
+`data.jsonl` is written as a whole. What is written, the first of several processes writes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rlhf_cli.data.quarantine import FILE, BadRows, quarantined
 from rlhf_cli.data.report import DataReport
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models import processes
 from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.runs.decide import PIECES
 from rlhf_cli.runs.directory import Run
@@ -24,12 +28,13 @@ from rlhf_cli.runs.files import disk_error, remove_quietly, sync_folder, tempora
 from rlhf_cli.runs.metrics import HINT, Lines
 from rlhf_cli.runs.signals import Signals
 
+AGAIN = "the same command goes on after the last whole piece"
 SUMMARY = "summary.json"
 """The figures of the run, in its directory."""
 
 
 class Piece(NamedTuple):
-    """A part of the rows."""
+    """A part of the rows, of one piece or of some in a row."""
 
     rows: list[dict[str, Any]]
     figures: dict[str, float]
@@ -49,42 +54,71 @@ def begin(
     run: Run, display: Display, lineage: Mapping[str, Any], report: DataReport, bad: Sequence[BadRows] = ()
 ) -> None:
     """Everything was accepted: create or reopen the run directory."""
-    run.begin(dict(lineage))
-    display.attach(run.path / "run.log")
-    run.write_data_report(report.to_json(), quarantined(bad))
+
+    def first() -> None:
+        run.begin(dict(lineage))
+        display.attach(run.path / "run.log")
+        run.write_data_report(report.to_json(), quarantined(bad))
+
+    processes.first(first, "setting up the run directory")
     if report.bad_rows:
         display.note(f"bad rows dropped: {report.bad_rows}, written to {run.path / FILE}")
 
 
-def make(run: Run, display: Display, count: int, piece: Callable[[int], Piece]) -> dict[str, float]:
-    """All pieces that are not there yet; the sums of their figures. A signal is obeyed after the piece under way."""
+def make(
+    run: Run, display: Display, count: int, pieces: Callable[[range], Piece], *, at_once: int = 1,
+    borders: Sequence[int] = (),
+) -> dict[str, float]:  # fmt: skip
+    """All pieces that are not there yet; the sums of their figures. A signal is obeyed after the piece under way.
+
+    pieces: makes so many in a row, at most at_once of them and none of `borders` with those before it. Several
+    processes call it with the same numbers, deal its work out among themselves, and all know what it comes to.
+    """
     lines = Lines(run.path / PIECES)
-    done, size, sums = _known(lines.path)
-    lines.cut(size)
+    done, sums = processes.first(partial(_reopened, lines), "looking for what is there")
     display.start(count, done)
     try:
         with Signals(display.warn, "this piece") as signals:
-            for number in range(done, count):
+            while done < count:
                 began = time.monotonic()
-                made = piece(number)
-                lines.append({"rows": made.rows, "figures": made.figures, "more": list(made.more)})
+                stop = min([done + at_once, count, *(border for border in borders if border > done)])
+                made = pieces(range(done, stop))
+                line = {"rows": made.rows, "figures": made.figures, "more": list(made.more), "pieces": stop - done}
+                processes.first(partial(_written, lines, line, stop in borders), f"writing piece {stop} of {count}")
                 _add(sums, made.figures)
-                display.step(number + 1, _shown(made.figures, time.monotonic() - began), True)
-                if signals.caught is not None and number + 1 < count:
+                done = stop
+                display.step(done, _shown(made.figures, time.monotonic() - began), True)
+                _hear(signals, f"ending piece {done}")
+                if signals.caught is not None and done < count:
                     lines.size()
-                    raise signals.interrupted(f"piece {number + 1} of {count}")
+                    raise signals.interrupted(f"piece {done} of {count}")
+    except processes.Lost as lost:
+        raise processes.Lost(lost.problems[0].message, lost.problems[0].where, AGAIN) from lost
     finally:
         lines.close()
         display.stop()
     return sums
 
 
-def finish(run: Run, display: Display, rows: Iterable[Mapping[str, Any]], summary: dict[str, Any]) -> None:
-    """data.jsonl and the summary, whole, then DONE."""
-    write_rows(run.path / PRODUCT, rows)
-    run.put(SUMMARY, summary)
-    run.finish({"step": 0, **{k: v for k, v in summary.items() if isinstance(v, int | float)}})
-    remove_quietly(run.path / PIECES)
+def finish(
+    run: Run,
+    display: Display,
+    rows: Iterable[Mapping[str, Any]],
+    summary: dict[str, Any],
+    more: Mapping[str, Iterable[Mapping[str, Any]]] = MappingProxyType({}),
+) -> None:
+    """data.jsonl and the summary, whole, then DONE. more: further files of rows, by their names; all rows are read when
+    they are written."""
+
+    def first() -> None:
+        for name, others in more.items():
+            write_rows(run.path / name, others)
+        write_rows(run.path / PRODUCT, rows)
+        run.put(SUMMARY, summary)
+        run.finish({"step": 0, **{k: v for k, v in summary.items() if isinstance(v, int | float)}})
+        remove_quietly(run.path / PIECES)
+
+    processes.first(first, f"writing {PRODUCT}")
     display.note(f"done: {run.path / PRODUCT}, {summary['rows']} rows")
 
 
@@ -114,19 +148,35 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         remove_quietly(draft)
 
 
-def _known(path: Path) -> tuple[int, int, dict[str, float]]:
-    """Whole pieces that are there, their bytes, and the sums of their figures."""
+def _reopened(lines: Lines) -> tuple[int, dict[str, float]]:
+    """Whole pieces that are there, and the sums of their figures; what follows them is cut off."""
     done, size, sums = 0, 0, dict[str, float]()
-    if path.is_file():
-        with path.open("rb") as file:
+    if lines.path.is_file():
+        with lines.path.open("rb") as file:
             for line in file:
                 try:
-                    figures = json.loads(line)["figures"]
+                    made = json.loads(line)
+                    figures, pieces = made["figures"], made.get("pieces", 1)
                 except (ValueError, KeyError, TypeError):
                     break
                 _add(sums, figures)
-                done, size = done + 1, size + len(line)
-    return done, size, sums
+                done, size = done + pieces, size + len(line)
+    lines.cut(size)
+    return done, sums
+
+
+def _written(lines: Lines, line: dict[str, Any], read: bool) -> None:
+    """Add a line. read: others read it from the disk before all is written."""
+    lines.append(line)
+    if read:
+        lines.size()
+
+
+def _hear(signals: Signals, doing: str) -> None:
+    """A signal that one of several processes caught is meant for all."""
+    if processes.count() > 1:
+        caught = processes.gather(signals.caught, doing)
+        signals.caught = next((number for number in caught if number is not None), None)
 
 
 def _add(sums: dict[str, float], figures: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from rlhf_cli.data.loader import Loader
 from rlhf_cli.data.prepare import Prepared
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.models import processes
+from rlhf_cli.models import processes, sequence
 from rlhf_cli.models.base import Text
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import fingerprint
@@ -242,7 +242,11 @@ def _about(recipe: Any, engine: Engine, policy: Role) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": 0 if cuda else torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
-        **({"processes": processes.count(), "shard": policy.base.shards} if processes.count() > 1 else {}),
+        **(
+            {"processes": processes.count(), "shard": policy.base.shards, "sequence": sequence.size()}
+            if processes.count() > 1
+            else {}
+        ),
     }
 
 

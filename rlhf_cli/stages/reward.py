@@ -47,6 +47,7 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
         check_classifier(text, labels_of(settings))
     data = common.read_data(recipe, entry.data, text, display, needs=entry.needs)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
+    common.tell_length(recipe, loader, display)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
         return

@@ -17,6 +17,7 @@ from rlhf_cli.data.completions import plain_prompt
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import load_frozen, quantization_of
 from rlhf_cli.models.device import micro_batch_range
@@ -34,6 +35,7 @@ from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
 from rlhf_cli.runs.options import Options
 from rlhf_cli.stages import product
+from rlhf_cli.stages.company import tell_shares
 from rlhf_cli.stages.product import Piece
 from rlhf_cli.stages.prompts import read_prompts
 from rlhf_cli.stages.revising import Draft, Reviser
@@ -70,23 +72,24 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
             f"so it writes a little otherwise (model.quantization: {known} reads it as it was trained)"
         )
     display.note(f"model: {text.path.name}, {str(policy.base.dtype)[6:]}, on {policy.base.device}")
+    tell_shares(recipe.distributed, policy.base, display)
     asked = Frozen(display, micro_batch_range(policy.base.device).usual)
     rewards = open_rewards(checked, recipe.model, policy.base, text)
     reviser = None
     if recipe.revise is not None:
         reviser = Reviser(recipe.revise, policy, text, sampling, recipe.seed)
-    writer = Writer(recipe, policy, text, sampling, each, rewards, asked, reviser)
+    prompts = max(1, AT_ONCE // each)
+    writer = Writer(recipe, policy, text, sampling, each, rewards, asked, reviser, prompts * each)
     by = {"base": {"name": policy.base.source, "fingerprint": policy.base.fingerprint}, "role": "data",
           "template": text.template.digest, "model": text.path.name}  # fmt: skip
     product.begin(run, display, by, data.report, data.bad)
-    prompts = max(1, AT_ONCE // each)
     starts = range(0, len(data.train), prompts)
 
-    def piece(number: int) -> Piece:
-        places = range(starts[number], min(starts[number] + prompts, len(data.train)))
-        return writer.piece([data.tasks_train[i] for i in places], [data.train[i] for i in places], places.start)
+    def pieces(numbers: range) -> Piece:
+        places = range(starts[numbers.start], min(numbers.stop * prompts, len(data.train)))
+        return writer.pieces([data.tasks_train[i] for i in places], [data.train[i] for i in places], places.start)
 
-    sums = product.make(run, display, len(starts), piece)
+    sums = product.make(run, display, len(starts), pieces, at_once=processes.count())
     if server is not None:
         server.close(display.warn)
     product.finish(run, display, product.made_rows(run), summary(len(data.train), sums, recipe.best_of is not None))
@@ -103,9 +106,10 @@ class Writer:
 
     def __init__(
         self, recipe: SampleRecipe, policy: Role, text: Text, sampling: Sampling, each: int, rewards: list[Reward],
-        asked: Frozen, reviser: Reviser | None = None,
+        asked: Frozen, reviser: Reviser | None, at_once: int,
     ) -> None:  # fmt: skip
-        self.reviser = reviser
+        """at_once: completions that rewards are asked about together."""
+        self.reviser, self.at_once = reviser, at_once
         self.recipe, self.policy, self.template, self.each = recipe, policy, text.template, each
         self.sampling, self.rewards, self.asked = sampling, rewards, asked
         left_out = {"max_batch", "completions_per_prompt", *OF_A_SERVER}
@@ -116,7 +120,7 @@ class Writer:
             "max_new_tokens": recipe.rollout.max_new_tokens, **settings,
         }  # fmt: skip
 
-    def piece(self, tasks: list[Task], samples: list[Sample], first: int) -> Piece:
+    def pieces(self, tasks: list[Task], samples: list[Sample], first: int) -> Piece:
         """All completions of some prompts; first: the number of the first of these."""
         prompts = [sample.prompt for sample in samples]
         seed = mixed(self.recipe.seed, 0)
@@ -147,7 +151,7 @@ class Writer:
     def _best(self, rollout: Rollout, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The row of each prompt with the highest score, and the scores of all; prompts of which no completion could be
         scored have none."""
-        judged = judge(self.rewards, rollout, self.asked.infer)
+        judged = judge(self.rewards, rollout, self.asked.infer, self.at_once)
         scores = np.where(judged.reward.valid, judged.reward.totals, -np.inf).reshape(-1, self.each)
         kept = [p * self.each + int(n) for p, n in enumerate(scores.argmax(1)) if np.isfinite(scores[p, n])]
         known = judged.reward.totals[judged.reward.valid]

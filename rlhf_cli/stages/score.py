@@ -65,20 +65,20 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     product.begin(run, display, lineage, found.report, found.bad)
     starts = range(0, len(items), AT_ONCE)
 
-    def piece(number: int) -> Piece:
-        part = slice(starts[number], starts[number] + AT_ONCE)
+    def pieces(numbers: range) -> Piece:
+        part = slice(starts[numbers.start], numbers.stop * AT_ONCE)
         rollout = Rollout(
             tasks[part], [item.completion for item in items[part]], samples[part],
             [item.finished for item in items[part]],
         )  # fmt: skip
-        totals = judge(rewards, rollout, asked.infer)
+        totals = judge(rewards, rollout, asked.infer, AT_ONCE)
         rows = [written(item) | fields_of(totals, n) for n, item in enumerate(items[part])]
         known = totals.reward.totals[totals.reward.valid]
         tokens = sum(map(length, samples[part]))
         sums = {"tokens": tokens, "scored": len(known), "score": known.sum(), "square": np.square(known).sum()}
         return Piece(rows, {name: float(value) for name, value in sums.items()})
 
-    sums = product.make(run, display, len(starts), piece)
+    sums = product.make(run, display, len(starts), pieces)
     product.finish(run, display, product.made_rows(run), summary(len(items), sums))
 
 

@@ -22,6 +22,7 @@ from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.report import tally
 from rlhf_cli.data.selection import Selected
 from rlhf_cli.errors import DataError
+from rlhf_cli.models import processes
 from rlhf_cli.recipe.data_stages import SelectRecipe
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
@@ -38,7 +39,11 @@ CURVE = (1, 2, 4, 8, 16, 32, 64)
 
 
 def run(recipe: SelectRecipe, run: Run, display: Display, options: Options) -> None:
-    """Make training data of scored completions. Raises RlhfError."""
+    """Make training data of scored completions; of several processes the first one does. Raises RlhfError."""
+    processes.first(lambda: _run(recipe, run, display, options), "selecting")
+
+
+def _run(recipe: SelectRecipe, run: Run, display: Display, options: Options) -> None:
     data, entry = recipe.data, SELECTIONS[recipe.selection.name]
     found = read_completions(data.completions, data.on_bad_row, data.max_bad_rows, scored=entry.scored)
     product.tell(found.report, display)
@@ -59,9 +64,8 @@ def run(recipe: SelectRecipe, run: Run, display: Display, options: Options) -> N
     lineage = {"role": "data", "selection": entry.name, "gives": entry.gives}
     product.begin(run, display, lineage, found.report, found.bad)
     if chosen.again:
-        product.write_rows(run.path / AGAIN, chosen.again)
         display.note(f"{len(chosen.again)} prompts have none: {run.path / AGAIN}")
-    product.finish(run, display, chosen.rows, facts)
+    product.finish(run, display, chosen.rows, facts, {AGAIN: chosen.again} if chosen.again else {})
 
 
 def usable(items: Sequence[Candidate], *, scored: bool, finished_only: bool) -> tuple[list[Candidate], list[Dropped]]:

@@ -33,6 +33,7 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
     text = load_text(recipe.model)
     data = common.read_data(recipe, "demonstration", text, display)
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
+    common.tell_length(recipe, loader, display)
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
         return

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -56,6 +57,7 @@ class Shown:
     where: str
     fate: str
     """What becomes of it: its tokens, or why it is left out."""
+    kept: bool
     prompt: list[Stretch]
     completions: list[tuple[str, list[Stretch]]]
     """Each with its name."""
@@ -89,13 +91,18 @@ def view(recipe: Recipe, rows: int) -> View:
     for split, sources in (("train", data.train), ("eval", data.eval or [])):
         few = [source.model_copy(update={"limit": min(source.limit or LOOKED_AT, LOOKED_AT)}) for source in sources]
         items = load_examples(few, kind, "drop", wanted, split)[0].items if few else []
-        found += [shown(split, item, text, data, limit) for item in _spread(items, rows)]
+        found += _first(items, rows, partial(shown, split, text=text, data=data, limit=limit))
     return View(found, _lengths(prepared), limit, prepared.report.lines())
 
 
-def _spread(items: Sequence[Example], rows: int) -> list[Example]:
-    """The first of them."""
-    return [items[i] for i in range(min(rows, len(items)))]
+def _first(items: Sequence[Example], rows: int, show: Callable[[Example], Shown]) -> list[Shown]:
+    """The first of them; one that is kept stands in front where there is one."""
+    found = [show(items[i]) for i in range(min(rows, len(items)))]
+    if not found or found[0].kept:
+        return found
+    others = (one for i in range(len(items)) if (one := found[i] if i < rows else show(items[i])).kept)
+    good = next(others, found[0])
+    return [good, *(one for one in found if one is not good)][:rows]
 
 
 def _lengths(prepared: Prepared) -> dict[str, np.ndarray]:
@@ -112,7 +119,7 @@ def shown(split: str, item: Example, text: Text, data: DataSettings, limit: int)
     try:
         whole = template.encoder.now(ask_sample(item, template))
     except DataError as error:
-        return Shown(split, item.where, f"refused: {error.problems[0].message}", [], [])
+        return Shown(split, item.where, f"refused: {error.problems[0].message}", False, [], [])
     tokens = length(whole)
     fate, kept = f"{tokens} tokens", whole
     if tokens > limit:
@@ -121,8 +128,8 @@ def shown(split: str, item: Example, text: Text, data: DataSettings, limit: int)
             fate = f"{tokens} tokens, cut to {length(kept)} (truncation: {data.truncation})"
         except Unfit as reason:
             fate = f"{tokens} tokens, left out: {reason} {limit}"
-            return Shown(split, item.where, fate, *_stretches(template, whole, None))
-    return Shown(split, item.where, fate, *_stretches(template, whole, kept))
+            return Shown(split, item.where, fate, False, *_stretches(template, whole, None))
+    return Shown(split, item.where, fate, True, *_stretches(template, whole, kept))
 
 
 def _stretches(

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_cli.catalog import Data
+from rlhf_cli.data.completions import read_completions
 from rlhf_cli.data.examples import Comparison, Demonstration, Steps, Task, Verdict
 from rlhf_cli.data.grouping import Dropped
 from rlhf_cli.data.prepare import check_data, data_needs, load_examples, prepare
@@ -56,11 +59,49 @@ def test_bad_rows_stop_the_run(jsonl: Write) -> None:
 
 
 def test_at_most_twenty_problems_are_listed(jsonl: Write) -> None:
-    path = jsonl(pair(), *(pair(chosen="") for _ in range(33)))
+    path = jsonl(pair(), *(pair(margin=-number) for number in range(1, 34)))
     with pytest.raises(DataError) as caught:
         load_examples([source(path)], "comparison")
     assert len(caught.value.problems) == 21
     assert caught.value.problems[-1].message == "and 13 more bad rows"
+
+
+def test_rows_that_are_bad_for_one_reason_share_a_line(jsonl: Write) -> None:
+    rows = [pair(), pair(chosen=""), pair(rejected=""), *(pair(chosen="b") for _ in range(3))]
+    path = jsonl(*rows, *(pair(chosen="") for _ in range(5)))
+    with pytest.raises(DataError) as caught:
+        load_examples([source(path)], "comparison")
+    assert str(caught.value).splitlines() == [
+        f"{path}:2: empty completion; the same in 6 more rows: 3, 7, ...",
+        *(f"{path}:{line}: chosen equals rejected" for line in (4, 5, 6)),
+        "10 bad rows in all (correct them, or set data.on_bad_row: drop to leave them out)",
+    ]
+
+
+@pytest.mark.parametrize("good", [1, 20])  # more than are looked at for their columns
+def test_a_line_that_is_cut_is_told_with_the_bad_rows_before_it(jsonl: Write, good: int) -> None:
+    path = jsonl(*[pair()] * good, pair(chosen="b"))
+    with open(path, "a") as file:
+        file.write('{"prompt": "q')
+    cut = (
+        f"{path}:{good + 2}: not JSON: Unterminated string starting at at column 12 "
+        "(each line must be one whole JSON object)"
+    )
+    bad = f"{path}:{good + 1}: chosen equals rejected"
+    for how, lines in (("error", [bad, cut]), ("drop", [cut])):
+        with pytest.raises(DataError) as caught:
+            load_examples([source(path)], "comparison", how)  # type: ignore[arg-type]
+        said = str(caught.value).splitlines()
+        assert said[: len(lines)] == lines
+        assert len(said) == 2 * len(lines) - 1
+    blank = Path(path).read_text().replace('"a"', '""', 1)
+    Path(path).write_text(blank)
+    with pytest.raises(DataError) as caught:
+        read_completions([source(path, columns={"completion": "chosen"})], "error", None, scored=False)
+    assert str(caught.value).splitlines() == [
+        f"{path}:1: empty completion", cut,
+        "1 bad row in all (correct them, or set data.on_bad_row: drop to leave them out)",
+    ]  # fmt: skip
 
 
 def test_bad_rows_dropped_and_counted(jsonl: Write) -> None:
@@ -344,6 +385,21 @@ def test_columns_are_used_only_where_the_objective_reads_them(jsonl: Write) -> N
     ):
         _, report = load_examples([source(path)], "comparison", wanted=Wanted(needs))
         assert set(report.sources[0].unused) == unused
+
+
+def test_bad_answers_that_would_be_imitated_are_warned_of(jsonl: Write) -> None:
+    row = {"prompt": "q", "completion": "a", "label": True}
+
+    def told(kind: Data, *labels: Any) -> list[str]:
+        path = jsonl(*(row | {"completion": f"a{i}", "label": label} for i, label in enumerate(labels)))
+        report = load_examples([source(path)], kind)[1]
+        return [line for line in report.lines() if "labelled false" in line]
+
+    (line,) = told("demonstration", True, False, 0, 1, None)
+    assert re.search(r"2 of 5 rows are labelled false \(\S+:2, \S+:3\) and imitated like the others; .*: kto$", line)
+    assert told("demonstration", True, 1) == []
+    assert told("demonstration", False, 3) == [] == told("demonstration", False, "sad")  # no verdicts
+    assert told("verdict", True, False) == [] == told("task", True, False)
 
 
 def test_data_that_teach_nothing_are_warned_of(jsonl: Write) -> None:

@@ -69,7 +69,7 @@ def test_real_rankings_for_every_need(shared: Path) -> None:
         DataError, match=r"none of its 700 rows can be used: .*two completions have the same score: 390"
     ):
         kept(("strict",))
-    with pytest.raises(DataError, match=r":1: a ranking needs two completions\n"):
+    with pytest.raises(DataError, match=r":1: a ranking needs two completions; the same in 699 more rows: 2, 3, ...\n"):
         kept((), prompt="question", completions=["6b_finetuning"])
 
 

@@ -255,7 +255,7 @@ CASES = {
                           "tokenizer_config.json)"),
     "template-missing": model(gone("chat_template.jinja"),
                               "{d}/chat.jsonl:1: the tokenizer has no chat template, and the data are chat messages "
-                              "(give model.chat_template, or use prompt/completion text)", 3),
+                              "(give model.chat_template, or use prompt/completion text*", 3),
     "template-syntax": model(template("", "{% for m in messages %}{{ m.content }"),
                              "model.chat_template: the chat template is not valid Jinja: unexpected '}'"),
     "template-raises": model(template("", "{{ raise_exception('only kings') }}"), f"{REFUSES}only kings", 3),
@@ -340,7 +340,7 @@ CASES = {
     "reward-without-template": classifier(gone("chat_template.jinja"),
                                           "{d}/prompts.jsonl:1: the reward model {m} cannot read this prompt: the "
                                           "tokenizer has no chat template, and the data are chat messages (give "
-                                          "model.chat_template, or use prompt/completion text)", 3),
+                                          "model.chat_template, or use prompt/completion text*", 3),
     "reward-statistics-cut": classifier(text("reward.json", "{"), f"{{m}}/reward.json: is not valid JSON{RESTORE}"),
     "reward-statistics-zero": classifier(text("reward.json", '{"mean": 0.5, "std": 0}'),
                                          "{m}/reward.json: has no usable mean and std: 0.5 and 0 (the file is damaged; "

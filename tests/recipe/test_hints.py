@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from rlhf_cli.recipe.hints import KEYS, VALUES, foreign_key, foreign_value
+from rlhf_cli.recipe.hints import INSTEAD, KEYS, VALUES, foreign_key, foreign_value
 from rlhf_cli.recipe.keys import blocks_of, stages_with
 from rlhf_cli.recipe.schema import RECIPES
+from tests.conftest import run_cli
 
 OURS = {
     f"{block}.{key}".lstrip(".") for stage in RECIPES for key, blocks in blocks_of(stage).items() for block in blocks
@@ -26,6 +28,34 @@ def test_foreign_names_lead_to_our_keys(name: str) -> None:
 
 def test_no_foreign_name_hides_a_key_of_ours_that_means_the_same() -> None:
     assert not {name for name, target in KEYS.items() if name in RECIPES["dpo"].model_fields or name == target}
+
+
+def test_what_has_no_like_here_says_what_to_do() -> None:
+    assert not INSTEAD.keys() & (KEYS.keys() | {path.rpartition(".")[2] for path in OURS})
+    assert foreign_key("ddp-find-unused-parameters") == "nothing here needs it: leave it out"
+    assert "rlhf serve-rollouts RECIPE --gpu-memory-utilization" in foreign_key("vllm_gpu_memory_utilization")
+    assert "torchrun --nproc-per-node N" in foreign_key("num_processes")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("rollout.use_vllm=true", "it is called rollout.engine: vllm, with rollout.server here"),
+        ("vllm_server_port=8000", "it is called rollout.server, a whole address: http://HOST:PORT here"),
+        ("vllm_gpu_memory_utilization=0.5", "`rlhf serve-rollouts RECIPE --gpu-memory-utilization SHARE` takes it"),
+        ("fsdp=full_shard", "it is called distributed.shard: full here"),
+        ("deepspeed=z3.json", "it is called distributed.shard: full, which is what ZeRO's stage 3 does here"),
+        ("ddp_find_unused_parameters=false", "nothing here needs it: leave it out"),
+    ],
+)
+def test_names_of_others_are_answered(key: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ppo.yaml"
+    path.write_text("stage: ppo\nmodel: m\ndata: {train: x.jsonl}\nrewards: [{rule: {name: length}}]\n"
+                    "training: {learning_rate: 1.0e-5}\nlora: {}\noutput_dir: o\n")  # fmt: skip
+    outcome = run_cli("ppo", path, key)
+    assert outcome.code == 2
+    (line,) = (text for text in outcome.errors if key.partition("=")[0] in text)
+    assert words in line
 
 
 def test_spelling_does_not_matter() -> None:

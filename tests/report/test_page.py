@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.report import overlay, plots
+from rlhf_cli.report.axes import STEPS
 from rlhf_cli.report.page import shown, write_report
 from rlhf_cli.report.plots import Curve, curves, grouped, moving, svg
 
@@ -139,11 +141,62 @@ def test_subjects() -> None:
     assert panels["Loss"] == ["loss", "eval_loss", "loss/policy"]
     assert panels["Accuracy"] == ["rewards/accuracies", "eval/rewards/accuracies"]
     assert panels["Rewards"] == ["rewards/chosen"]
-    assert panels["KL"] == ["objective/kl", "kl_coef"]
+    assert (panels["KL"], panels["Coefficients"]) == (["objective/kl"], ["kl_coef"])
     assert panels["odd"] == ["odd/thing"]
     assert all("step" not in members for members in panels.values())
     many = grouped([Curve(f"logps/{i}", (1,), (0.0,)) for i in range(8)])
     assert [(t, len(m)) for t, m in many] == [("Log-probabilities (1)", 6), ("Log-probabilities (2)", 2)]
+
+
+def test_shares_counts_and_lengths_have_panels_of_their_own() -> None:
+    units = {
+        "tokens": ("completions/mean_length", "eval/completions/mean_length", "completions/finished_length_mean"),
+        "share": ("completions/eos_rate", "eval/completions/eos_rate", "completions/truncated", "rollout/unique_share",
+                  "rollout/unscorable", "policy/clipfrac_low", "val/clipfrac", "rewards/accuracies", "rewards/best"),
+        "count": ("rewards/rm/invalid", "eval/rewards/rm/clipped", "rollout/halvings", "policy/updates"),
+        "reward": ("rewards/rm/mean", "rewards/chosen"), "value": ("val/mean", "val/returns_mean"),
+        "norm": ("grad_norm", "val/grad_norm"), "many tokens": ("rollout/tokens",),
+        "variance": ("val/explained_variance",),
+        "ratio": ("val/ratio", "policy/ratio_max"), "speed": ("tokens_per_second", "rollout/tokens_per_second"),
+        "seconds": ("time/rollout_s", "rollout/seconds"),
+        "nats a token": ("policy/approxkl", "objective/kl_k3_per_token"),
+        "nats": ("objective/kl", "eval/objective/kl"),
+    }  # fmt: skip
+    of = {name: unit for unit, names in units.items() for name in names}
+    for title, members in grouped(curves([dict.fromkeys(("step", *of), 1.0)])):
+        assert len({of[curve.name] for curve in members}) == 1, title
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_a_learning_rate_is_drawn_as_it_was(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    smoothed: list[str] = []
+    monkeypatch.setattr(plots, "moving", lambda values, width: smoothed.append("page") or list(values))
+    monkeypatch.setattr(overlay, "smoothed", lambda values: smoothed.append("overlay") or list(values))
+    for name in ("learning_rate", "critic/learning_rate", "loss"):
+        curve = Curve(name, tuple(range(count)), tuple(float(i % 7) for i in range(count)))
+        svg(name, [curve])
+        overlay.panel(name, [(0, curve)], ["a"], [STEPS])
+        assert smoothed == ([] if name != "loss" else ["page", "overlay"])
+
+
+def test_what_a_figure_means_stands_below_it(tmp_path: Path) -> None:
+    rows = [{"step": i, "rewards/accuracies": 0.0, "eval/rewards/accuracies": 0.0, "loss": 1.0} for i in range(3)]
+    text = write_report(make_run(tmp_path / "a", rows)).read_text()
+    assert text.count("strictly higher reward: ties count as wrong") == 1
+    page = overlay.panel("loss", [(0, curves(rows)[-1])], ["a"], [STEPS])
+    assert "ties count" not in page
+    assert "ties count" in overlay.panel("rewards/accuracies", [(0, curves(rows)[0])], ["a"], [STEPS])
+
+
+def test_names_of_models_are_not_cut_at_the_edges() -> None:
+    long = "/some/where/runs/dpo-of-a-long-name"
+    trace = overlay.Trace([0.0, 1.0, 4.0], [0.1, 0.2, 0.3], ["left", "near", long])
+    text = plots.drawn("t", lambda axes: overlay._draw_traces(axes, [(0, trace)]))
+    written = re.findall(r'<text style="([^"]*)"[^>]*>([^<]+)</text>', text)
+    ends = {said for style, said in written if "text-anchor: end" in style}
+    assert "\N{HORIZONTAL ELLIPSIS}runs/dpo-of-a-long-name" in ends
+    assert {"left", "near"} <= {said for style, said in written if "text-anchor: start" in style}
+    assert long not in text
 
 
 def test_pictures_take_their_colours_from_the_page() -> None:

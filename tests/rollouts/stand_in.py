@@ -7,6 +7,7 @@ request; `draws_of` maps such a seed to (seed, number) of our own sampling, so t
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlhf_cli.errors import RlhfError
 from rlhf_cli.models import adapters
@@ -31,6 +33,11 @@ FIELDS = {
     "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "stop_token_ids", "stop",
     "include_stop_str_in_output", "skip_special_tokens", "add_special_tokens", "logprobs", "return_token_ids",
 }  # fmt: skip
+READ = {
+    "model", "prompt", "n", "max_tokens", "temperature", "seed", "stream", "echo", "prompt_logprobs",
+    "add_special_tokens", "return_token_ids",
+}  # fmt: skip
+"""Of a request that asks what the prompt's own tokens are given."""
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -42,10 +49,18 @@ class Refusal(Exception):
         self.status = status
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    """Connections that wait: several processes ask many things at once."""
+
+
 class StandIn:
     """The server, while it is open."""
 
-    def __init__(self, folder: Path, *, rank: int = 16, context: int = 128, sleeps: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, rank: int = 16, context: int = 128, sleeps: bool = False, tls: Path | None = None
+    ) -> None:
+        """tls: a file with its certificate and the private key of that."""
         settings = ModelSettings(name_or_path=str(folder), dtype="float32")
         self.base = load_base(str(folder), settings, trained=False)
         self.root, self.rank, self.context, self.sleeps = str(folder.absolute()), rank, context, sleeps
@@ -59,6 +74,8 @@ class StandIn:
         connection that is cut, or an exception."""
         self.shift = 0.0
         """Added to the log-probabilities."""
+        self.key: str | None = None
+        """What it wants to be told, as vLLM's --api-key."""
         self.lock = threading.Lock()
         outer = self
 
@@ -72,9 +89,14 @@ class StandIn:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = _Server(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
+        if tls is not None:
+            context_ = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context_.load_cert_chain(tls)
+            self.http.socket = context_.wrap_socket(self.http.socket, server_side=True)
+            self.address = self.address.replace("http", "https")
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
@@ -94,11 +116,14 @@ class StandIn:
         with self.lock:
             self.calls.append(request.path)
             try:
+                if self.key and request.path.startswith("/v1"):
+                    self.allow(request.headers.get("Authorization"))
                 answer = self.answer(request.command, request.path, body)
             except Refusal as refusal:
                 status = refusal.status
                 kind = {"message": str(refusal), "type": "BadRequestError", "param": None, "code": status}
                 answer = {"detail": "Not Found"} if str(refusal) == "Not Found" else {"error": kind}
+                answer = {"error": str(refusal)} if status == 401 else answer
         if answer is None:
             request.connection.close()
             return
@@ -108,6 +133,10 @@ class StandIn:
             request.send_header("Content-Length", str(len(said)))
             request.end_headers()
             request.wfile.write(said)
+
+    def allow(self, said: str | None) -> None:
+        if said != f"Bearer {self.key}":
+            raise Refusal(401, "Unauthorized")
 
     def answer(self, method: str, path: str, body: Any) -> Any:
         if (method, path) == ("GET", "/v1/models"):
@@ -144,13 +173,27 @@ class StandIn:
         self.loaded[name] = path
         return b"Success: LoRA adapter added successfully."
 
+    def read(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What each token of the prompt is given."""
+        role = Role("served", self.base, body["model"] if body["model"] in self.loaded else None)
+        ids = torch.tensor([body["prompt"]])
+        with torch.no_grad(), role.active():
+            logp = self.base.model(ids).logits[0, :-1].double().log_softmax(-1)
+        told = [{str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": ""}}
+                for i, row in zip(body["prompt"][1:], logp, strict=True)]  # fmt: skip
+        choice = {"index": 0, "text": "", "finish_reason": "length", "stop_reason": None, "token_ids": [5],
+                  "logprobs": None, "prompt_token_ids": body["prompt"], "prompt_logprobs": [None, *told]}  # fmt: skip
+        return {"object": "text_completion", "choices": [choice], "usage": {}}
+
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        if set(body) != FIELDS:
+        if set(body) not in (FIELDS, READ):
             raise Refusal(400, f"fields: {sorted(set(body) ^ FIELDS)}")
         if body["model"] not in (self.root, *self.loaded):
             raise Refusal(404, f"The model `{body['model']}` does not exist.")
         if not self.awake or len(body["prompt"]) + body["max_tokens"] > self.context:
             raise Refusal(400, "asleep, or longer than the maximum context length")
+        if set(body) == READ:
+            return self.read(body)
         prompt, count, heat = np.array(body["prompt"], np.int32), body["n"], body["temperature"]
         sampling = Sampling(
             body["max_tokens"], heat or 1.0, greedy=heat == 0, top_k=body["top_k"] or None, min_p=body["min_p"] or None,

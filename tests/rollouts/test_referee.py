@@ -19,6 +19,7 @@ from rlhf_cli.models.build import load_frozen
 from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.recipe.settings.model import ModelSettings
 from rlhf_cli.rollouts.referee import Match, Opinion, Referee, fill, load_referee, spoken
+from rlhf_cli.rollouts.voices import own_voice
 from rlhf_cli.runs.display import Plain
 from rlhf_cli.train.passes import Frozen
 
@@ -38,7 +39,7 @@ def test_the_probability_is_that_of_one_label_given_one_of_the_two(tiny_model: P
     """Against the model's own logits."""
     judge = referee(tiny_model, both_orders=False)
     role = load_frozen(judge.settings.model, judge.text)
-    (opinion,) = judge([MATCH], role, Frozen(Plain(quiet=True), 512).infer)
+    (opinion,) = judge([MATCH], own_voice(role, Frozen(Plain(quiet=True), 512).infer))
     text = "<s><|user|>good or bad?<|end|><|assistant|>"
     ids = judge.text.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -59,10 +60,10 @@ def biased(first: float) -> Callable[..., list[Tensor]]:
 
 def test_a_liking_for_a_place_cancels_out(tiny_model: Path) -> None:
     role: Any = None
-    (opinion,) = referee(tiny_model)([MATCH], role, biased(0.9))
+    (opinion,) = referee(tiny_model)([MATCH], own_voice(role, biased(0.9)))
     assert (opinion.first, opinion.second) == (pytest.approx(0.9), pytest.approx(0.1))
     assert opinion.probability == pytest.approx(0.5)
-    (opinion,) = referee(tiny_model, both_orders=False)([MATCH], role, biased(0.9))
+    (opinion,) = referee(tiny_model, both_orders=False)([MATCH], own_voice(role, biased(0.9)))
     assert opinion.probability == pytest.approx(0.9)
 
 

@@ -156,7 +156,7 @@ def test_a_parent_that_cannot_be_created(tmp_path: Path) -> None:
     make_recipe(tmp_path)
     (tmp_path / "runs").write_text("x")
     before = tree(tmp_path)
-    with pytest.raises(ModelError, match=r"cannot be created: .*runs is not a folder"):
+    with pytest.raises(RecipeError, match=r"cannot be created: .*runs is not a folder"):
         opened(tmp_path)
     assert tree(tmp_path) == before
 
@@ -164,7 +164,7 @@ def test_a_parent_that_cannot_be_created(tmp_path: Path) -> None:
 def test_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_recipe(tmp_path)
     monkeypatch.setattr(files, "_refused", lambda place: "Read-only file system")
-    assert "cannot write into" in refused(tmp_path, ModelError)
+    assert "cannot write into" in refused(tmp_path)
 
 
 def test_damaged_run_json(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_of_ppo_every_role_and_moment_is_told(toy: Toy, rm: Path, tmp_path: Path
     assert found["data"]["updates"] > found["data"]["steps"]
 
 
+def test_what_a_server_samples_is_not_planned(toy: Toy, tmp_path: Path) -> None:
+    server = {"engine": "vllm", "server": "http://127.0.0.1:8000", "max_new_tokens": 8}
+    content = toy("ppo", "prompts", rewards=[{"rule": {"name": "stop"}}], rollout=server)
+    found = planned(content, tmp_path / "r.yaml")
+    assert not {"reading the prompts", "decoding"} & set(found["memory"]["moments"])
+    lines = asked(content, tmp_path / "r.yaml").err.splitlines()
+    assert any(line.startswith("the vLLM server http://127.0.0.1:8000 samples: its weights") for line in lines)
+
+
+def test_the_time_says_how_sure_it_is(toy: Toy, tmp_path: Path) -> None:
+    path = w.save(toy("sft", "chat"), tmp_path / "r.yaml")
+    outcome = run_cli("plan", path, "--json", "--vram", 8)
+    time = json.loads(outcome.out)["time"]
+    assert time["seconds_per_step"] > 0 <= time["spread"]
+    said = run_cli("plan", path, "--vram", 8).err
+    assert re.search(r"on this CPU, as busy as it is now \(its measurements lie \d+ % apart\): ", said)
+    assert "(micro-batches are those of a card, which takes larger ones than a run on this CPU would)" in said
+
+
 @pytest.mark.parametrize(
     ("stage", "kind", "more", "reference"),
     [
@@ -223,9 +243,16 @@ def test_what_does_not_fit_comes_with_changes_that_do(toy: Toy, tmp_path: Path) 
         (("--world-size", "0"), {}, 2, "0 is no number of processes"),
         (
             ("--world-size", "2", "--set", "distributed.shard=full"),
-            {"model": {"quantization": "nf4"}},
+            {"model": {"quantization": "int8"}},
             2,
             "cannot share out",
+        ),
+        (("--world-size", "4", "--set", "distributed.shard=hybrid"), {}, 2, "--processes-per-machine"),
+        (
+            ("--world-size", "4", "--processes-per-machine", "3", "--set", "distributed.shard=hybrid"),
+            {},
+            2,
+            "no machines of 3",
         ),
         (("--set", "lora.rnk=4"), {}, 2, "lora.rnk"),
         ((), {"data": {"train": "nowhere.jsonl", "eval": None}}, 3, "nowhere.jsonl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from tests.stages.test_plan import Toy, planned
 
 
 def test_what_processes_send_is_the_formula() -> None:
-    of = Traffic(world=4, replicated=1000, spread=600, matrices=5000, micro_batches=3, updates=2)
+    of = Traffic(world=4, parts=4, replicated=1000, spread=600, matrices=5000, micro_batches=3, updates=2)
     assert of.handed == 2 * 4 * 1000
     assert of.ring == 12_000, "2 x 3/4 of it"
     assert of.gathered == 45_000, "2 updates x 3 micro-batches x 2 x 5,000 x 3/4"
     assert of.scattered == 10_800, "2 updates x 3 micro-batches x 4 bytes x 600 x 3/4"
     assert of.sent == 67_800
+    two = replace(of, world=8)  # two machines of four
+    assert (two.handed, two.ring, two.copied) == (8000, 14_000, 3600), "6 x 4 bytes x 600 / 4 x 2 x 1/2"
+    assert two.sent == 14_000 + 45_000 + 10_800 + 3600
 
 
 def test_processes_share_examples_and_with_full_the_layers(toy: Toy, base: Path, tmp_path: Path) -> None:

@@ -116,13 +116,17 @@ def test_a_process_that_dies_is_replaced_and_nothing_is_lost(
     assert whole == killed
 
 
-def test_stages_that_do_not_train_run_alone(
-    monkeypatch: pytest.MonkeyPatch, base: Path, world: Path, cli: Any, tmp_path: Path
-) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+@pytest.mark.parametrize("command", ["merge", "report", "chat", "data", "plan", "check", "serve-rollouts", "list"])
+def test_what_is_no_stage_runs_alone(command: str, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    place = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
-    content = {"stage": "sample", "model": str(base), "data": {"prompts": str(world / "prompts.jsonl")}}
-    content["output_dir"] = str(tmp_path / "x")
-    outcome = cli("sample", w.save(content, tmp_path / "s.yaml"))
+    arguments = [] if command == "list" else ["runs/x"]
+    outcome = cli(command, *arguments)
     assert outcome.code == 2
-    assert outcome.errors == ["error: torchrun: rlhf sample runs in one process (start it as rlhf sample RECIPE)"]
+    words = f"rlhf {command} runs in one process, and here are 2 (start it as rlhf {command})"
+    assert outcome.errors == [f"error: torchrun: {words}"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    outcome = cli(command, *arguments)
+    assert (outcome.code, outcome.errors) == (2, [])

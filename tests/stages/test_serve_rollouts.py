@@ -71,6 +71,26 @@ def test_what_serves_nobody(recipe: Path, toy: Callable[..., dict[str, Any]], tm
         assert words in outcome.errors[0]
 
 
+def test_a_server_with_a_key(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is handed over by the environment, and shown by the name of its variable."""
+    program = tmp_path / "vllm"
+    program.write_text(f"#!{sys.executable}\nimport os, sys\nprint(os.environ['VLLM_API_KEY'][::-1], *sys.argv)\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("OUR_KEY", "sk-12345678")
+    line = [sys.executable, "-m", "rlhf_cli", "serve-rollouts", str(recipe), "rollout.api_key_env=OUR_KEY"]
+    shown = run_cli(*line[3:], "--print")
+    assert shown.out.startswith('VLLM_API_KEY="$OUR_KEY" VLLM_NO_USAGE_STATS=1')
+    done = subprocess.run([*line, "--vllm", str(program)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("87654321-ks "), done.stderr
+    assert "sk-12345678" not in shown.out + shown.err + done.stdout + done.stderr
+    monkeypatch.delenv("OUR_KEY")
+    outcome = run_cli(*line[3:], "--vllm", str(program))
+    assert outcome.code == 2
+    assert outcome.errors == [
+        "error: rollout.api_key_env: the environment variable OUR_KEY is not set (export OUR_KEY=...)"
+    ]
+
+
 def test_vllm_is_not_installed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     outcome = run_cli("serve-rollouts", recipe)

@@ -15,6 +15,7 @@ from tests.conftest import run_cli
 from tests.rollouts.stand_in import StandIn
 from tests.stages import world as w
 from tests.stages.conftest import quick, train
+from tests.stages.test_shared_work import apart
 
 
 def ppo(toy: Callable[..., dict[str, Any]], world: Path, name: str, **more: Any) -> dict[str, Any]:
@@ -172,6 +173,74 @@ def test_sample_and_eval_by_a_server(
         assert stand_in.loaded == {}
     assert "server" not in json.dumps(w.lines(tmp_path / "sample-there" / "data.jsonl"))
     assert {b["model"] == stand_in.root for b in stand_in.bodies} == {True, False}  # the base, and the adapter on it
+
+
+def test_judges_by_a_server(
+    fresh: Callable[..., StandIn], sft_lora: Path, base: Path, world: Path, tmp_path: Path
+) -> None:
+    """The scores and matches of a judge whose weights are here; each question is asked once."""
+    stand_in = fresh()
+    prompts = [f"tell of {thing}" for thing in ("a book", "a film", "the sea", "snow")]
+    rows = [{"prompt": prompt, "completions": ["good", "bad", "dull"]} for prompt in prompts]
+    asked = {"stage": "score", "data": {"completions": str(w.write_rows(tmp_path / "c.jsonl", rows))}}
+    spoken = {"stage": "eval", "seed": 3, "model": {"name_or_path": str(base), "dtype": "float32"},
+              "against": [str(sft_lora)], "rollout": {"max_new_tokens": 5},
+              "data": {"prompts": [{"path": str(world / "prompts.jsonl"), "limit": 6}], "max_length": 64}}  # fmt: skip
+    server = {"engine": "vllm", "server": stand_in.address, "max_batch": 3}
+    for name, content, model in (("full", asked, base), ("lora", asked, sft_lora), ("eval", spoken, sft_lora)):
+        judge: dict[str, Any] = {"model": {"name_or_path": str(model), "dtype": "float32"}}
+        judge["question"] = "{prompt}: {a} or {b}?"
+        found = []
+        stand_in.bodies.clear()
+        for where, more in (("here", {}), ("there", server)):
+            out = tmp_path / f"{name}-{where}"
+            path = w.save(content | {"judge": judge | more, "output_dir": str(out)}, out.with_suffix(".yaml"))
+            outcome = run_cli(content["stage"], path)
+            assert outcome.code == 0, outcome.err
+            file = out / ("eval.json" if name == "eval" else "comparisons.jsonl")
+            found.append(
+                [json.loads(line) for line in file.read_text().split("\n" if name != "eval" else "\0") if line]
+            )
+        assert apart(*found) == [], name
+        questions = [(b["model"], *b["prompt"]) for b in stand_in.bodies]
+        assert len(set(questions)) == len(questions) > 8
+        assert stand_in.loaded == {}
+        assert {b["model"] == stand_in.root for b in stand_in.bodies} == {name == "full"}
+
+
+@pytest.mark.parametrize(
+    ("judge", "change", "code", "words"),
+    [
+        ({}, lambda a: {"choices": []}, 4, "with no log-probability of each prompt token (is this a vLLM server?)"),
+        ({}, lambda a: a["choices"][0].update(prompt_logprobs=[None]) or a, 4, "no log-probability of each prompt"),
+        ({}, lambda a: a["choices"][0]["prompt_logprobs"].append(a["choices"][0]["prompt_logprobs"].pop(1)) or a, 4,
+         "None as a log-probability"),
+        ({}, lambda a: None, 4, "broke off while it answered /v1/completions"),
+        ({"server": "http://127.0.0.1:9"}, None, 4, "no server answers there: Connection refused (start it: vllm "),
+        ({"server": None}, None, 2, "engine: vllm asks a server, and judge.server is not given"),
+        ({"engine": "own"}, None, 2, "server is only read with engine: vllm, and engine is own"),
+        ({"api_key_env": "sk-0123456789abcdef"}, None, 2, "the key itself never stands here"),
+        ({"api_key_env": "RLHF_NO_SUCH_KEY"}, None, 2, "the environment variable RLHF_NO_SUCH_KEY is not set"),
+    ],
+)  # fmt: skip
+def test_judges_of_servers_that_cannot_be(
+    judge: dict[str, Any], change: Any, code: int, words: str, fresh: Callable[..., StandIn], base: Path, tmp_path: Path
+) -> None:
+    stand_in = fresh()
+    if change is not None:
+        stand_in.change = change
+    model = {"name_or_path": str(base), "dtype": "float32"}
+    asked = {"model": model, "question": "{a} or {b}?", "engine": "vllm", "server": stand_in.address, **judge}
+    rows = [{"prompt": "tell", "completions": ["good", "bad"]}]
+    content = {"stage": "score", "data": {"completions": str(w.write_rows(tmp_path / "c.jsonl", rows))},
+               "judge": asked, "output_dir": str(tmp_path / "x")}  # fmt: skip
+    outcome = run_cli("score", w.save(content, tmp_path / "x.yaml"))
+    assert outcome.code == code, outcome.err
+    (line,) = outcome.errors
+    assert words in line
+    assert "0123456789" not in outcome.err
+    if code == 4 and change is None:
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_what_is_cut_and_left_out_is_shown(toy: Toy, tmp_path: Path) -> None:
         assert ("cut" in {s.kind for s in long.prompt}) == (truncation != "right")
 
 
+def test_an_example_that_is_kept_comes_first(toy: Toy, tmp_path: Path, world: Path) -> None:
+    rows = w.rows("pairs", 4, 1)
+    for row in rows[:3]:
+        row["chosen"] = " ".join(["good"] * 40)
+    data = {"train": str(w.write_rows(tmp_path / "p.jsonl", rows)), "eval": None, "max_length": 24}
+    recipe = read_recipe(
+        w.save(toy("dpo", "pairs", objective={"name": "dpo"}, data=data), tmp_path / "r.yaml"), [], None
+    )
+    for count, lines in ((1, ["4"]), (2, ["4", "1"]), (9, ["4", "1", "2", "3"]), (0, [])):
+        found = view(recipe, count).examples
+        assert [one.where.rpartition(":")[2] for one in found] == lines
+        assert [one.kept for one in found] == [line == "4" for line in lines]
+
+
 def test_prompts_verdicts_rankings_and_conversations(toy: Toy, tmp_path: Path) -> None:
     sampled = {"rewards": [{"rule": {"name": "stop"}}], "rollout": {"max_new_tokens": 8}}
     for stage, kind, more, names in (

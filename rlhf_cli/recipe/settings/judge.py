@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_cli.recipe.settings.blocks import Checked, Name, as_mapping
+from rlhf_cli.recipe.settings.blocks import Checked, Count, Name, as_mapping
 from rlhf_cli.recipe.settings.model import ModelSettings
+from rlhf_cli.recipe.settings.rollout import LONGEST, Address, Variable
 
 PLACE = re.compile(r"\{\w+\}")
 PLACES = ("{prompt}", "{a}", "{b}", "{principle}")
@@ -41,10 +42,25 @@ class JudgeSettings(Checked):
     """A text file with a principle a line (a constitution); each comparison goes by one of them, drawn by the seed."""
     both_orders: bool = True
     """Ask twice, in either order, and take the mean: a liking for one place cancels out."""
+    engine: Literal["own", "vllm"] = "own"
+    """own: its weights are read here; vllm: a vLLM server that holds them is asked."""
+    server: Address | None = None
+    """Address of the vLLM server, `http://127.0.0.1:8001`, started with `vllm serve MODEL`."""
+    server_timeout: Annotated[float, Field(gt=0, le=LONGEST)] = 600.0
+    """Seconds that the server may take for an answer, waiting in its queue included."""
+    api_key_env: Variable | None = None
+    """The environment variable that holds the server's API key. The key itself stands in no recipe, log or run."""
+    max_batch: Count = 64
+    """Questions asked of the server at once."""
     opponents: Literal["all", "next"] = "all"
     """Every two completions of a prompt are compared, or each with the next one (the last with the first)."""
 
     def contradictions(self) -> Iterator[str]:
+        if self.engine == "vllm" and self.server is None:
+            yield "engine: vllm asks a server, and judge.server is not given: `server: http://127.0.0.1:8001`"
+        if self.engine == "vllm" and self.model.quantization != "none":
+            yield "judge.model.quantization is only read with engine: own: a server holds what it was started with"
+        yield from self.unread(("server", "server_timeout", "api_key_env", "max_batch"), "engine", "vllm")
         if self.labels[0] == self.labels[1]:
             yield "labels are the same"
         for part in ("{a}", "{b}"):

@@ -25,12 +25,23 @@ def _an_address(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_an_address)]
 """Of a server: nothing but scheme, host and port."""
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*", re.ASCII)
+
+
+def _a_variable(value: str) -> str:
+    if _VARIABLE.fullmatch(value) is None:
+        raise ValueError("this is no name of an environment variable, in capitals; the key itself never stands here")
+    return value
+
+
+Variable = Annotated[str, AfterValidator(_a_variable)]
+"""Name of an environment variable."""
 LONGEST = 7 * 24 * 3600.0
 """Seconds that a server can be waited for."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Highest ranks of adapters that a vLLM server can be told (its --max-lora-rank)."""
 HIGHEST_RANK = RANKS[-1]
-OF_A_SERVER = ("server", "server_timeout", "adapter_folder", "sleep")
+OF_A_SERVER = ("server", "server_timeout", "api_key_env", "adapter_folder", "sleep")
 """Keys that say where completions are sampled, and nothing of what they are."""
 
 
@@ -65,6 +76,8 @@ class SamplingSettings(Checked):
     """Address of the vLLM server, `http://127.0.0.1:8000`. `rlhf serve-rollouts RECIPE` starts it."""
     server_timeout: Annotated[float, Field(gt=0, le=LONGEST)] = 600.0
     """Seconds that the server may take for all completions of one prompt, waiting in its queue included."""
+    api_key_env: Variable | None = None
+    """The environment variable that holds the server's API key. The key itself stands in no recipe, log or run."""
     adapter_folder: Name | None = None
     """A folder that this machine writes and the server reads under the same name, for the adapter; null: the run
     directory."""

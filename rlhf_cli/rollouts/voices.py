@@ -1,0 +1,109 @@
+"""Who answers the questions to a judge: its weights here, or a vLLM server that holds them.
+
+A server is asked for the log-probabilities of prompt tokens: each label stands behind its question, so that labels of
+any length are read exactly, however unlikely they are. Several processes deal the questions out; each is asked once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_cli.data.shares import shares
+from rlhf_cli.data.tokens import Sample, length
+from rlhf_cli.models import processes
+from rlhf_cli.models.base import Text
+from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.settings.judge import JudgeSettings
+from rlhf_cli.rollouts.rewards import Infer
+from rlhf_cli.rollouts.server import Http, key_of
+from rlhf_cli.rollouts.vllm import Server
+from rlhf_cli.rollouts.vllm_answers import PATH, of_prompt
+
+Voice = Callable[[Sequence[Sample]], list[Tensor]]
+"""Log-probabilities of the answers' tokens (T,), answer after answer, of each question."""
+FOLDER = "judge-adapter"
+
+
+def own_voice(role: Role, infer: Infer) -> Voice:
+    """Weights here."""
+    return lambda questions: infer(role, questions, lambda batch: role.logp(batch, statistics="none").logp, "token")
+
+
+@dataclass(frozen=True)
+class ServedVoice:
+    """Weights of a server."""
+
+    server: Server
+    at_once: int
+    """Questions that it is asked at a time."""
+
+    def __call__(self, questions: Sequence[Sample]) -> list[Tensor]:
+        """Raises ModelError: no server, another answer than asked."""
+        if processes.count() == 1:
+            return self._said(questions)
+        costs, families = [float(length(one)) for one in questions], range(len(questions))
+        mine = shares(costs, families, processes.count())[processes.rank()]
+
+        def work() -> list[Any]:
+            said = self._said([questions[i] for i in mine])
+            return [[i, part.tolist()] for i, part in zip(mine, said, strict=True)]
+
+        every = [entry for told in processes.together(work, "asking the judge") for entry in told]
+        found = {i: torch.tensor(numbers, dtype=torch.float64) for i, numbers in every}
+        return [found[i] for i in range(len(questions))]
+
+    def _said(self, questions: Sequence[Sample]) -> list[Tensor]:
+        """By this process."""
+        if not questions:
+            return []
+        with ThreadPoolExecutor(min(self.at_once, len(questions))) as pool:
+            waiting = [pool.submit(self._answers, question) for question in questions]
+            try:
+                return [torch.tensor(one.result(), dtype=torch.float64) for one in waiting]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _answers(self, question: Sample) -> list[float]:
+        found: list[float] = []
+        for answer in question.completions:
+            ids = np.concatenate([question.prompt, answer.ids]).tolist()
+            said = self.server.http.post(PATH, _request(self.server.model, ids))
+            found += of_prompt(said, self.server.http, ids, len(answer.ids))
+        return found
+
+
+def served_voice(settings: JudgeSettings, text: Text, context: int, run: Path) -> ServedVoice:
+    """The server of a recipe's judge, checked; of an adapter, the server is told where it lies. context: tokens of the
+    longest question with its answer. Raises RecipeError: no key; ModelError: no such server."""
+    assert settings.server is not None, "a rule of the recipe"
+    key = key_of(settings.api_key_env, "judge.api_key_env")
+    http = Http(settings.server.rstrip("/"), settings.server_timeout, key, "judge.server",
+                f"start it: vllm serve {text.source}", "then the same command goes on after the last whole piece",
+                )  # fmt: skip
+    mark = f"rlhf-judge-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:8]}-"
+    server = Server(http, run / FOLDER, mark, sleeps=False)
+    server.check(text.source, context + 1)
+    server.model = server.base
+    if text.path.kind == "adapter":
+        assert text.path.weights is not None
+        folder = text.path.weights.absolute()
+        server.model = processes.first(lambda: server.lend(folder), "handing the judge's adapter to the server")
+    return ServedVoice(server, settings.max_batch)
+
+
+def _request(model: str, ids: list[int]) -> dict[str, Any]:
+    """Read these tokens; what is written after them is not looked at."""
+    return {
+        "model": model, "prompt": ids, "n": 1, "max_tokens": 1, "temperature": 1.0, "seed": 0, "stream": False,
+        "echo": False, "prompt_logprobs": 0, "add_special_tokens": False, "return_token_ids": True,
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+"""`rlhf check` and the first steps of a project: what is found before a model is read, as the command line says it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_cli.cli import init
+from rlhf_cli.runs import files
+from tests.conftest import Outcome
+
+CLI = Callable[..., Outcome]
+CHAT = {"messages": [{"role": "user", "content": "tell of red"}, {"role": "assistant", "content": "good"}]}
+ELSEWHERE = "(choose another output_dir, where you may write)"
+
+
+@pytest.fixture
+def bare(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model without a chat template, in an empty working directory with a row of chat and one of text."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "bare")
+    Path("bare/chat_template.jinja").unlink()
+    Path("chat.jsonl").write_text(json.dumps(CHAT) + "\n")
+    Path("text.jsonl").write_text(json.dumps({"text": "tell of red"}) + "\n")
+    return Path("bare")
+
+
+def write(name: str, stage: str, model: str, data: dict[str, Any], **more: Any) -> str:
+    content = {"stage": stage, "model": model, "data": data, "output_dir": f"runs/{name}"} | more
+    if stage in ("sft", "dpo", "ppo"):
+        content["training"] = {"learning_rate": 1e-3}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return f"{name}.yaml"
+
+
+def test_a_template_that_is_missing_is_found_and_can_be_copied(cli: CLI, bare: Path) -> None:
+    assert cli("init", "project", "--model", bare, "--quantization", "none").code == 0
+    template = Path("project/recipes/chat.jinja")
+    recipe = yaml.safe_load(Path("project/recipes/sft.yaml").read_text())
+    assert recipe["model"]["chat_template"] == "recipes/chat.jinja"
+    sft = write("sft", "sft", "bare", {"train": "chat.jsonl", "max_length": 64})
+    for command in ("check", "sft"):
+        outcome = cli(command, sft)
+        assert (outcome.code, len(outcome.errors)) == (3, 1)
+        assert "chat.jsonl:1: the tokenizer has no chat template" in outcome.err
+        assert "`rlhf init` writes a template to copy, recipes/chat.jinja" in outcome.err
+    assert cli("check", sft, "--set", f"model.chat_template={template}").code == 0
+    assert cli("check", sft, "--set", "data.train=text.jsonl").code == 0
+    assert cli("sft", sft, "--set", f"model.chat_template={template}", "--max-steps", "1", "-q").code == 0
+    again = write("again", "sft", "runs/sft", {"train": "chat.jsonl", "max_length": 64})
+    assert cli("check", again).code == 0  # a run has its template with it
+
+
+def test_the_template_of_the_pages_is_the_one_that_is_written() -> None:
+    root = Path(__file__).parent.parent
+    block = (root / "docs/data.md").read_text().split("```jinja\n")[1].split("```")[0]
+    assert block == (root / "rlhf_cli/cli/starter/chat.jinja").read_text()
+
+
+def test_lengths_beyond_the_context_are_found(cli: CLI, bare: Path) -> None:
+    for stage, data in (("sft", {"train": "text.jsonl"}), ("sample", {"prompts": "p.jsonl"})):
+        Path("p.jsonl").write_text('{"prompt": "q "}\n')
+        recipe = write(stage, stage, "bare", data | {"max_length": 129}, **(
+            {"rollout": {"max_new_tokens": 8}} if stage == "sample" else {}))  # fmt: skip
+        outcome = cli("check", recipe)
+        assert (outcome.code, outcome.errors) == (2, [
+            f"error: {recipe}: data.max_length: 129 tokens are asked of a model with a context of 128 (lower it to 128 "
+            "or less)"])  # fmt: skip
+        assert cli("check", recipe, "--set", "data.max_length=128").code == 0
+
+
+def test_a_project_fits_the_context_of_its_model(cli: CLI, bare: Path) -> None:
+    assert cli("init", "small", "--model", bare, "--quantization", "none").code == 0
+    recipes = {name: yaml.safe_load(Path(f"small/recipes/{name}.yaml").read_text()) for name in ("sft", "dpo", "ppo")}
+    assert [r["data"]["max_length"] for r in recipes.values()] == [128] * 3
+    assert recipes["ppo"]["rollout"]["max_new_tokens"] == 64
+    assert cli("init", "large", "--model", "org/model").code == 0
+    recipe = yaml.safe_load(Path("large/recipes/ppo.yaml").read_text())
+    assert (recipe["data"]["max_length"], recipe["rollout"]["max_new_tokens"]) == (init.LENGTH, init.ANSWER)
+    assert "chat_template" not in Path("large/recipes/sft.yaml").read_text()
+    outcome = cli("init", "none", "--model", "large")  # a folder without a model
+    assert (outcome.code, len(outcome.errors)) == (4, 1)
+
+
+@pytest.fixture
+def chain(bare: Path) -> list[str]:
+    """Recipes of which each needs the runs of those before."""
+    Path("pairs.jsonl").write_text('{"prompt": "tell of red ", "chosen": "good", "rejected": "bad"}\n')
+    Path("p.jsonl").write_text('{"prompt": "tell of red "}\n')
+    return [
+        write("sft", "sft", "bare", {"train": "text.jsonl", "max_length": 64}),
+        write("dpo", "dpo", "./runs/sft/", {"train": "pairs.jsonl", "max_length": 64}, objective={"name": "dpo"}),
+        write("sample", "sample", "runs/dpo", {"prompts": "p.jsonl", "max_length": 64}, rollout={"max_new_tokens": 8}),
+        write("select", "select", "x", {"completions": "runs/sample"}, selection={"name": "best"}),
+    ]
+
+
+def test_a_chain_is_checked_before_its_first_run(cli: CLI, chain: list[str]) -> None:
+    text = Path("select.yaml").read_text()
+    Path("select.yaml").write_text(text.replace("model: x\n", ""))
+    outcome = cli("check", *chain)
+    assert (outcome.code, outcome.errors) == (0, [])
+    lines = outcome.err.splitlines()
+    assert lines[0].endswith("; new run")
+    assert "dpo.yaml: fit for rlhf dpo; ./runs/sft/ is made by sft.yaml; train pairs.jsonl" in lines[1]
+    assert [line.rpartition("; ")[2] for line in lines[1:]] == ["to be run after that"] * 3
+    assert "runs/sample is made by sample.yaml" in lines[3]
+    assert not Path("runs").exists()
+    alone = cli("check", *chain[1:])
+    assert alone.code == 4
+    assert not any(line.startswith("dpo.yaml: fit") for line in alone.err.splitlines())
+
+
+def test_the_rest_of_a_chain_is_checked_all_the_same(cli: CLI, chain: list[str]) -> None:
+    Path("pairs.jsonl").write_text('{"prompt": "tell of red ", "chosen": "bad", "rejected": "bad"}\n')
+    Path("file").write_text("x")
+    outcome = cli("check", *chain[:3], "--set", "seed=1")
+    assert (outcome.code, len(outcome.errors)) == (3, 2)
+    assert "dpo.yaml: pairs.jsonl:1: chosen equals rejected" in outcome.err
+    sample = yaml.safe_load(Path("sample.yaml").read_text())
+    sample["output_dir"] = "file/below"
+    Path("sample.yaml").write_text(yaml.safe_dump(sample))
+    Path("dpo.yaml").write_text(Path("dpo.yaml").read_text().replace("pairs.jsonl", "none.jsonl"))
+    outcome = cli("check", *chain[:3])
+    assert (outcome.code, len(outcome.errors)) == (3, 2)
+    assert "sample.yaml: output_dir file/below: cannot be created: file is not a folder" in outcome.err
+    assert "dpo.yaml: none.jsonl: file not found" in outcome.err
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+def test_a_place_where_nothing_can_be_written(cli: CLI, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft = write("sft", "sft", "bare", {"train": "none.jsonl", "max_length": 64})
+    Path("file").write_text("x")
+    before = sorted(os.listdir())
+    cases = {
+        "/proc/x": "cannot write into /proc: nothing can be created there", "file": "is a file",
+        "file/x": "cannot be created: file is not a folder",
+    }  # fmt: skip
+    for command in ("check", "sft"):
+        for place, reason in cases.items():
+            outcome = cli(command, sft, "--set", f"output_dir={place}")
+            (line,) = [line for line in outcome.errors if "output_dir" in line]
+            assert line.endswith(f"output_dir {place}: {reason} {ELSEWHERE}")
+            if command == "sft":
+                assert (outcome.code, len(outcome.errors)) == (2, 1)  # said before anything else is read
+    assert sorted(os.listdir()) == before
+    monkeypatch.setattr(files, "_refused", lambda place: "Read-only file system")
+    outcome = cli("sft", sft, "-o", "new")
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "Read-only file system" in outcome.err
