@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.fused import Fused
+from rlhf_cli.objectives.tile import ABSORB, BEND, BY_BOTH, BY_EACH, FINISH, Watch
 
 TILE = {"cpu": (512, 4096), "cuda": (2048, 8192)}
 """Rows and columns of a tile: 8 MiB in float32, which a cache holds; on a GPU 64 MiB, which keeps it busy."""
-Watch = Literal["none", "entropy", "bonus", "collision"]
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,7 @@ class Head:
         if (self.bias, self.scale, self.cap) == (None, 1.0, None):
             return logits, None
         bias = None if self.bias is None else self.bias[at].detach()
-        return _BEND.by(self.compiled)(logits, bias, self.scale, self.cap)
-
-
-def _bend(logits: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Products (R, C), overwritten, -> logits, and the slope of the cap."""
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if cap is None:
-        return logits, None
-    bent = logits.div_(cap).tanh_()
-    slope = 1.0 - bent * bent
-    return bent.mul_(cap), slope
-
-
-_BEND = Fused(_bend)
+        return BEND.by(self.compiled)(logits, bias, self.scale, self.cap)
 
 
 class HeadLogp(NamedTuple):
@@ -153,7 +136,7 @@ class _Sums:
         self.top, self.mass, self.moment = rows.new_zeros((3, len(rows)), dtype=torch.float32)  # (T,) each
         self.top.fill_(torch.finfo(torch.float32).min)
         self.watch: Watch = watch
-        self.absorb = _ABSORB.by(compiled)
+        self.absorb = ABSORB.by(compiled)
         count = (1 + (watch == "bonus")) if slopes else 0
         self.weights = [torch.zeros_like(rows, dtype=torch.float32) for _ in range(count)]
         """Of the columns' weights, and of x times them: (T, H)."""
@@ -190,28 +173,6 @@ class _Sums:
         if self.watch == "collision":
             return self.moment.log() - 2.0 * self.mass.log()
         return self.mass.log() - self.moment / self.mass
-
-
-def _absorb(
-    logits: Tensor, top: Tensor, mass: Tensor, moment: Tensor, watch: Watch
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """A tile of logits (R, C), which become e^x, and the sums so far (R,) -> x e^x (R, C) where it is watched, how far
-    the largest so far lies below the new one, that, and the new sums (R,)."""
-    peak = torch.maximum(top, logits.amax(1))
-    sink = top - peak
-    shrink = sink.exp()
-    logits -= peak[:, None]
-    tilted = logits.clone() if watch in ("entropy", "bonus") else None
-    each = logits.exp_()
-    if tilted is not None:
-        tilted *= each
-        moment = (moment + sink * mass) * shrink + tilted.sum(1)
-    elif watch == "collision":
-        moment = moment * shrink**2 + torch.einsum("rc,rc->r", each, each)
-    return tilted, sink, peak, mass * shrink + each.sum(1), moment
-
-
-_ABSORB = Fused(_absorb)
 
 
 def _forward(
@@ -254,7 +215,7 @@ def _backward(
     rows = operand(hidden, head.dtype)
     share = -upstream / mass[1]
     found = torch.zeros_like(rows, dtype=torch.float32)
-    by_each, by_both = _BY_EACH.by(head.compiled), _BY_BOTH.by(head.compiled)
+    by_each, by_both = BY_EACH.by(head.compiled), BY_BOTH.by(head.compiled)
     finish = FINISH.by(head.compiled)
     prepare_gradients(head)
     for r, c in head.tiles(len(ids)):
@@ -272,31 +233,6 @@ def _backward(
         add_gradient(head, c, factor, by_logit, rows[r])
         del logits, bent, by_logit, factor
     return found.to(hidden.dtype)
-
-
-def _by_each(logits: Tensor, top: Tensor, share: Tensor) -> Tensor:
-    """Logits (R, C), overwritten by e^(logit - top) share; top and share (R,)."""
-    logits -= top[:, None]
-    return logits.exp_().mul_(share[:, None])
-
-
-def _by_both(logits: Tensor, top: Tensor, mass: Tensor, lift: Tensor, by_entropy: Tensor) -> Tensor:
-    """Logits (R, C), overwritten: with x = logit - top, e^x (lift + by_entropy x) / mass; all others (R,)."""
-    logits -= top[:, None]
-    total = lift[:, None] + by_entropy[:, None] * logits
-    return logits.exp_().mul_(total).div_(mass[:, None])
-
-
-def _finish(by_logit: Tensor, bent: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-    """The gradient by the logits (R, C) becomes, in place, that by the products, and returns rounded as an operand."""
-    if bent is not None:
-        by_logit *= bent
-    if scale != 1.0:
-        by_logit *= scale
-    return by_logit.to(dtype)
-
-
-_BY_EACH, _BY_BOTH, FINISH = Fused(_by_each), Fused(_by_both), Fused(_finish)
 
 
 def prepare_gradients(head: Head) -> None:

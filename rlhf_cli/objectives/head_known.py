@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.objectives.fused import Fused
-from rlhf_cli.objectives.head import FINISH, Head, HeadLogp, add_gradient, operand, prepare_gradients, product
+from rlhf_cli.objectives.head import Head, HeadLogp, add_gradient, operand, prepare_gradients, product
+from rlhf_cli.objectives.tile import FINISH
 
 BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits of a block: 32 MiB in float32; on a GPU 256 MiB, as each block reads the head and adds to all its gradient."""

@@ -189,10 +189,9 @@ def check_head_plainly(m: Any) -> None:
 MODULE = head
 CHECKS: list[Check] = checks_of(globals())
 CLASSICAL = [
-    ("head: a sum not rescaled", check_head_values_and_gradients, "mass * shrink + each", "mass + each"),
     ("head: a gradient not rescaled", check_head_values_and_gradients, "+ more) * shrink[:, None]", "+ more)"),
     ("head: temperature not in the cap", check_head_values_and_gradients, "cap / temperature", "cap"),
-    ("head: slope of the cap forgotten", check_head_values_and_gradients, "by_logit *= bent", "pass"),
+    ("head: slope of the cap forgotten", check_head_values_and_gradients, "bent, head.scale", "None, head.scale"),
     ("head: the last micro-batch only", check_head_adds_to_gradients, "parameter.grad is None", "True"),
     ("head: in half precision", check_head_upcasts, "else rounded.float()", "else rounded"),
 ]  # fmt: skip

@@ -30,10 +30,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("module", "check", "chains"),
     [
-        (head, head_checks.check_head_values_and_gradients, {"_bend", "_absorb", "_by_each", "_by_both", "_finish"}),
-        (head, head_checks.check_head_upcasts, {"_absorb", "_finish"}),
-        (head_known, head_known_checks.check_known_values_and_gradients, {"_bend", "_exponentiate", "_finish"}),
-        (head_known, head_known_checks.check_known_in_half_precision, {"_exponentiate", "_finish"}),
+        (head, head_checks.check_head_values_and_gradients, {"bend", "absorb", "by_each", "by_both", "finish"}),
+        (head, head_checks.check_head_upcasts, {"absorb", "finish"}),
+        (head_known, head_known_checks.check_known_values_and_gradients, {"bend", "_exponentiate", "finish"}),
+        (head_known, head_known_checks.check_known_in_half_precision, {"_exponentiate", "finish"}),
         (head_known, head_known_checks.check_known_extremes, {"_exponentiate"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -51,7 +51,7 @@ def test_compiled_kernels_change_nothing(toy: Toy, rm: Path, name: str, monkeypa
     assert not called
     same_numbers(known, train(toy(stage, kind, "compiled", **w.merged(more, COMPILED))))
     assert {"_norm", "_norm_back", "_turn", "_turn_back", "_gate", "_gate_back"} <= called
-    assert called & {"_absorb", "_exponentiate"}
+    assert called & {"absorb", "_exponentiate"}
 
 
 @pytest.mark.usefixtures("compiler")
