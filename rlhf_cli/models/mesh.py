@@ -124,7 +124,10 @@ class _Scatter(_Gather):
 
 
 def counted(part: Any, kind: str) -> None:
-    """Count what FSDP2 sends for one module that it shares out: a ring's share of each collective."""
+    """Count what FSDP2 sends for one module that it shares out: a ring's share of each collective. Before PyTorch 2.9 it
+    cannot be asked, and nothing is counted."""
+    if not hasattr(part, "set_custom_all_gather"):
+        return
     part.set_custom_all_gather(_Gather())
     part.set_custom_reduce_scatter(_Scatter())
     found = _mesh(kind)

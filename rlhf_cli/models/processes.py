@@ -11,45 +11,24 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError, RlhfError
-from rlhf_cli.models import memory, traffic
+from rlhf_cli.models import absent, memory, traffic
+from rlhf_cli.models.absent import PATIENCE, Group, Lost
 from rlhf_cli.models.meeting import agree
 from rlhf_cli.runs.place import Place
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
 T = TypeVar("T")
-PATIENCE = 2.0
-"""Seconds that the other processes leave to the first one to tell of an error."""
 BUCKET = 1 << 24
 """Numbers in one reduction: 64 MiB."""
 
 
-@dataclass
-class _Group:
-    place: Place
-    store: Store
-    seconds: float
-    """How long one waits for the others."""
-    told: int = 0
-    """Collectives so far."""
-    alone: int = field(default=0)
-    """Depth of `alone`."""
-
-
-_group: _Group | None = None
-
-
-class Lost(ModelError):
-    """Another process is gone, or does not answer."""
+_group: Group | None = None
 
 
 class Elsewhere(RlhfError):
@@ -89,7 +68,7 @@ def start(place: Place, seconds: float) -> None:
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the {place.world} processes did not find one another: {_line(error)}", "torchrun") from error
-    _group = _Group(place, dist.PrefixStore("told", store), seconds)
+    _group = Group(place, dist.PrefixStore("told", store), seconds)
     traffic.begin()
 
 
@@ -292,51 +271,14 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 def _others(doing: str) -> Iterator[None]:
     """A collective: what goes wrong in it names who is missing."""
     assert _group is not None
-    _group.told += 1
-    try:
-        _group.store.set(f"at/{_group.place.rank}", json.dumps([_group.told, doing]))
+    with absent.telling(_group, doing):
         yield
-    except RuntimeError as error:
-        raise Lost(f"{_missing(_group)} while {doing}",
-                   hint="the same command goes on from the newest whole checkpoint") from error  # fmt: skip
 
 
 def lost(doing: str) -> Lost:
-    """The error of a collective that left no word in the store. Who else is there meets the same one: whoever does not
-    say so within a little is the missing one."""
+    """The error of a collective that was not told: of all who meet it, whoever does not say so is the missing one."""
     assert _group is not None
-    mine, others = _group.place.rank, range(_group.place.world)
-    silent, deadline = list(others), time.monotonic() + PATIENCE
-    try:
-        _group.store.set(f"without/{mine}", "1")
-        while silent and time.monotonic() < deadline:
-            time.sleep(0.05)
-            silent = [other for other in others if not _group.store.check([f"without/{other}"])]
-        names = ", ".join(f"process {other} (last seen: {_seen(_group, other)[1]})" for other in silent)
-    except RuntimeError:
-        names = "process 0 or torchrun"
-    return Lost(f"{names or 'another process'} is gone, or did not answer within {_group.seconds:g} s while {doing}",
-                hint="the same command goes on from the newest whole checkpoint")  # fmt: skip
-
-
-def _seen(group: _Group, other: int) -> tuple[int, str]:
-    """How far a process has come, by what it left in the store."""
-    key = f"at/{other}"
-    told, doing = json.loads(group.store.get(key)) if group.store.check([key]) else (0, "not begun")
-    return told, doing
-
-
-def _missing(group: _Group) -> str:
-    """Who has come less far than this process, in words."""
-    late = []
-    try:
-        for other in range(group.place.world):
-            told, doing = _seen(group, other)
-            if told < group.told:
-                late.append(f"process {other} (last seen: {doing})")
-    except RuntimeError:
-        return "process 0 or torchrun is gone"
-    return f"{', '.join(late) or 'another process'} is gone, or did not answer within {group.seconds:g} s"
+    return absent.silent(_group, doing)
 
 
 def _line(error: Exception) -> str:

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from rlhf_cli.errors import ModelError
+
+BYTES_FROM = (2, 12)
+"""Version of PyTorch from which FSDP2 takes parameters of bytes, which have no gradient."""
 ALIGNED = 512
 """Bytes: codes are filled up to a multiple of this, so that their scales begin where a kernel may want them to."""
 
@@ -86,6 +90,15 @@ def _quantise(layer: Any, plain: Any, device: torch.device) -> None:
 def in_4_bits(model: nn.Module) -> list[Any]:
     """The layers in 4 bits."""
     return [m for m in model.modules() if hasattr(m, "quant_storage") and getattr(m, "quant_state", None) is not None]
+
+
+def check_parts(source: str) -> None:
+    """ModelError where PyTorch cannot hold what is in 4 bits in parts."""
+    found = str(torch.__version__)
+    if tuple(int(part) for part in found.split(".")[:2]) < BYTES_FROM:
+        least = ".".join(map(str, BYTES_FROM))
+        raise ModelError(f"weights in 4 bits are shared out from PyTorch {least} on, and this is {found}", source,
+                         f"install torch>={least}, or use distributed.shard: none")  # fmt: skip
 
 
 def join(layer: Any) -> None:

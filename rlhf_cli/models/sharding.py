@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import memory, mesh, processes, quantised
+from rlhf_cli.models import absent, memory, mesh, processes, quantised
 
 if TYPE_CHECKING:
     from rlhf_cli.models.base import Base
@@ -33,10 +33,12 @@ def shard(model: Any, device: torch.device, compute: torch.dtype, source: str, q
     processes must `meet` then.
 
     compute: the dtype in which trained layers are gathered. quantization: how the layers of a plain model are to be
-    quantised. Raises ModelError for weights quantised otherwise than in 4 bits, for an architecture without layers
-    that are known, and when memory does not suffice.
+    quantised. Raises ModelError for weights quantised otherwise than in 4 bits, for those by a PyTorch that cannot, for
+    an architecture without layers that are known, and when memory does not suffice.
     """
     packed = getattr(model, "is_loaded_in_4bit", False)
+    if packed:
+        quantised.check_parts(source)
     other = quantization is not None and not quantization.load_in_4bit
     if other or (not packed and getattr(model.config, "quantization_config", None) is not None):
         raise ModelError("weights that are quantised otherwise than in 4 bits cannot be shared out", source,
@@ -102,6 +104,8 @@ def in_parts(
 
     def work() -> None:
         nonlocal unmet
+        if quantization is not None:
+            quantised.check_parts(source)  # before anything is read
         model = read()
         unmet = shard(model, device, compute, source, quantization)
         quantised.keep_4bit_layout(model)
@@ -259,17 +263,9 @@ def collective(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _of_others(error):
+        if not absent.of_others(error):
             raise
         raise processes.lost(doing) from error
-
-
-def _of_others(error: RuntimeError) -> bool:
-    """Whether a collective failed, by the words of gloo and NCCL."""
-    from torch.distributed import DistError
-
-    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
-    return isinstance(error, DistError) or any(word in str(error).lower() for word in words)
 
 
 def words(base: Base) -> str:

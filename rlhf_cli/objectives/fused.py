@@ -18,7 +18,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 OPTIONS: dict[str, Any] = {"deterministic": True}
-"""No choice between kernels by timing: a run that is resumed must compute what it computed before."""
+"""No choice between kernels by timing: a run that is resumed must compute what it computed before. Before
+PyTorch 2.10 it cannot be asked, and a GPU may choose so."""
 KINDS = 64
 """Sorts of arguments (dtypes, sizes of one, None) for which a chain is compiled at most."""
 
@@ -36,7 +37,7 @@ class Fused(Generic[P, T]):
     def compiled(self) -> Callable[P, T]:
         """The same by `torch.compile`, for all sizes at once. Vectors come as copies: one that is a part of another may
         begin anywhere in it, and would be compiled for over and over."""
-        compiled: Callable[..., T] = torch.compile(self.whole, dynamic=True, fullgraph=True, options=OPTIONS)
+        compiled: Callable[..., T] = torch.compile(self.whole, dynamic=True, fullgraph=True, options=_known(OPTIONS))
 
         @torch._dynamo.config.patch(recompile_limit=KINDS)
         def call(*args: Any) -> T:
@@ -47,6 +48,13 @@ class Fused(Generic[P, T]):
     def by(self, compiled: bool) -> Callable[P, T]:
         """Which of the two."""
         return self.compiled if compiled else self.plain
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that the installed PyTorch knows; it refuses others."""
+    import torch._inductor.config as config
+
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 def attempt(device: torch.device) -> str | None:

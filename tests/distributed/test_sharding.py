@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 from safetensors.torch import load_file
 
+from rlhf_cli.models import mesh
 from tests import several
 from tests.conftest import Outcome, run_cli
 from tests.stages import world as w
@@ -156,6 +157,16 @@ def test_what_is_sent_is_the_formula(
     assert all(count % forwards == 0 for count in gathered), "whole passes over the layers, by turns"
     assert told["gathered"] == pytest.approx(told["micro_batches"] * 2 * told["matrices"] / 2, rel=1e-9)
     assert [row["distributed/gradient_bytes"] for row in rows] == [told["handed"]] * len(rows)
+
+
+def test_nothing_is_counted_where_fsdp_cannot_be_asked() -> None:
+    """As before PyTorch 2.9: a part without the methods for it is left alone."""
+
+    class Old:
+        def set_all_reduce_hook(self, hook: object) -> None:
+            raise AssertionError(hook)
+
+    mesh.counted(Old(), "cpu")
 
 
 def test_checkpoints_hold_whole_tensors(runs: Path) -> None:

@@ -63,3 +63,12 @@ def test_what_cannot_be_compiled_is_said_in_one_line(monkeypatch: pytest.MonkeyP
     assert fused.attempt(torch.device("cpu")) == "no compiler"
     monkeypatch.setattr(torch, "compile", lambda function, **__: lambda x: function(x) + 0.5)
     assert fused.attempt(torch.device("cpu")) == "the compiled kernel is wrong by 0.5"
+
+
+def test_options_that_this_pytorch_does_not_know_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `deterministic` is unknown before 2.10."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **more: asked.append(more["options"]) or function)
+    monkeypatch.setattr(fused, "OPTIONS", {"deterministic": True, "of_another_version": 3})
+    assert Fused(torch.neg).compiled(torch.ones(1)) == -1
+    assert asked == [{"deterministic": True}]
