@@ -69,6 +69,11 @@ class Interrupted(RlhfError):
         self.exit_code = 128 + signum
 
 
+def counted(number: int, what: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` when a known word is close, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -82,8 +82,8 @@ LOSS = (
 LOGP = (
     Planted(
         "log-probabilities read one token early, old and new",
-        (("models/roles.py", "hidden[batch.predictors], self.base.",
-          "hidden[(batch.predictors - 1).clamp(min=0)], self.base."),),
+        (("models/roles.py", "return said(hidden[batch.predictors], slice(None))",
+          "return said(hidden[(batch.predictors - 1).clamp(min=0)], slice(None))"),),
         (f"{DRAWN}test_sampled_logp_is_recomputed_logp[1.0-llama]", f"{LAYOUTS}test_logp_is_the_models_own[1.0-gpt2]"),
         usual=True,
     ),
@@ -96,8 +96,8 @@ LOGP = (
     ),
     Planted(
         "values read one token late",
-        (("models/roles.py", "return self._scalar(self.hidden(batch)[batch.predictors])",
-          "return self._scalar(self.hidden(batch)[batch.targets])"),),
+        (("models/roles.py", "return self._scalar(self.hidden(batch), batch, batch.predictors)",
+          "return self._scalar(self.hidden(batch), batch, batch.targets)"),),
         ("tests/stages/test_ppo_critic.py::test_one_forward_says_what_two_say",
          f"{LAYOUTS}test_a_value_is_of_the_state_before_its_token"), usual=True,
     ),

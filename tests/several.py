@@ -3,13 +3,15 @@
     torchrun --nproc-per-node 2 -m tests.several WORK.json
 
 WORK.json: {"commands": [[argument, ...], ...], "kill": {"process": 1, "step": 4} or null, "values": {name: value}}.
-Process 0 writes the exit codes beside it, to WORK.codes. `kill`: that process dies at the end of that step, or of that
-piece of data, in the first attempt only, or with "how": "memory" runs out of memory in the step after it; `values`:
-constants of modules that are others here.
+A command ["-m", MODULE, argument, ...] calls the main of a module, which meets the others itself. Process 0 writes the
+exit codes beside it, to WORK.codes. `kill`: that process dies at the end of that step, or of that piece of data, in the
+first attempt only, or with "how": "memory" runs out of memory in the step after it; `values`: constants of modules that
+are others here.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -83,6 +85,10 @@ def main(work: Path) -> None:
         for name, value in told["values"].items():
             stack.enter_context(patch(name, value))
         for line in told["commands"]:
+            if line[0] == "-m":  # a module whose main meets the others itself
+                importlib.import_module(line[1]).main(*line[2:])
+                codes.append(0)
+                continue
             codes.append(run_command_line(line))
             processes.stop()
     if os.environ["RANK"] == "0":

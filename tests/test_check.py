@@ -155,3 +155,94 @@ def test_a_place_where_nothing_can_be_written(cli: CLI, bare: Path, monkeypatch:
     outcome = cli("sft", sft, "-o", "new")
     assert (outcome.code, len(outcome.errors)) == (2, 1)
     assert "Read-only file system" in outcome.err
+
+
+def test_two_makers_and_a_circle_are_refused(cli: CLI, chain: list[str]) -> None:
+    twice = write("twice", "sft", "bare", {"train": "text.jsonl", "max_length": 64}, output_dir="runs/./sft")
+    outcome = cli("check", chain[0], twice)
+    assert (outcome.code, outcome.err.splitlines()) == (
+        2,
+        ["error: twice.yaml: sft.yaml makes it too: output_dir runs/./sft (give each an output_dir of its own)"],
+    )
+    assert cli("check", chain[0], f"./{chain[0]}").code == 0  # one recipe by two names
+    back = write("sft", "sft", "runs/dpo", {"train": "text.jsonl", "max_length": 64})
+    outcome = cli("check", *chain[1:3], back)
+    assert (outcome.code, outcome.errors) == (
+        2,
+        [
+            "error: a circle of recipes: sft.yaml, which reads the run of dpo.yaml, which reads the run of sft.yaml (let "
+            "one of them start from something else)"
+        ],
+    )
+    assert [line.partition(":")[0] for line in outcome.err.splitlines()] == ["sample.yaml", "error"]
+
+
+def test_a_run_that_is_not_there_is_named_with_its_recipe(cli: CLI, chain: list[str]) -> None:
+    line = "error: dpo.yaml: ./runs/sft/: no such folder (made by sft.yaml: run that first, or check both together)"
+    outcome = cli("check", "dpo.yaml")
+    assert (outcome.code, outcome.errors) == (4, [line])
+    Path("pairs.jsonl").write_text('{"prompt": "tell of red ", "chosen": "bad", "rejected": "bad"}\n')
+    outcome = cli("check", "dpo.yaml")
+    assert (outcome.code, outcome.errors[0]) == (4, line)
+    assert "error: dpo.yaml: pairs.jsonl:1: chosen equals rejected" in outcome.err
+    Path("sft.yaml").rename("sft.txt")
+    assert "made by" not in cli("check", "dpo.yaml").err
+
+
+def test_what_a_recipe_names_besides_is_looked_at(cli: CLI, bare: Path) -> None:
+    Path("p.jsonl").write_text('{"prompt": "q ", "gold": 4}\n')
+    Path("none.txt").write_text("# nothing\n")
+    common: dict[str, Any] = {"rollout": {"max_new_tokens": 8}}
+    evaluation = write("e", "eval", "bare", {"prompts": "p.jsonl", "max_length": 64}, **common)
+    rewards = "rewards=[{rule: {name: words, plus: [a]}}, {rule: {name: numeric_answer}}]"
+    judged = ("against=nope/x", "judge={model: nope/x, principles: PLACE}")
+    cases = {
+        (rewards,): (3, "p.jsonl:1: no column 'answer' for the rule numeric_answer; columns besides the prompt: gold "
+                        "(name it in rewards.1.rule.column)"),
+        tuple(w.replace("PLACE", "nope.txt") for w in judged): (
+            2, "judge.principles nope.txt: cannot be read: No such file or directory (a text file, a principle a line)"
+        ),
+        tuple(w.replace("PLACE", "none.txt") for w in judged): (
+            2, "judge.principles none.txt: holds no principle (write one a line)"),
+    }  # fmt: skip
+    for changes, (code, message) in cases.items():
+        outcome = cli("check", evaluation, *changes)
+        assert (outcome.code, outcome.errors) == (code, [f"error: {evaluation}: {message}"])
+    outcome = cli("check", evaluation, "against=nope/x", rewards.replace("answer}", "answer, column: gold}"))
+    assert (outcome.code, outcome.err.count("nope/x: taken as a hub id, not looked up")) == (0, 1)
+    assert "bare: taken" not in outcome.err
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+def test_other_places_where_nothing_can_be_written(cli: CLI, bare: Path) -> None:
+    sft = write("sft", "sft", "bare", {"train": "none.jsonl", "max_length": 64})
+    Path("folder.html").mkdir()
+    there = "cannot write into /proc: nothing can be created there"
+    cases: dict[tuple[Any, ...], str] = {
+        ("init", "/proc/zz"): f"/proc/zz: {there} (choose another folder)",
+        ("merge", "none", "-o", "/proc/x"): f"--output-dir /proc/x: {there} (choose another folder)",
+        ("data", sft, "--html", "/nope/x.html"): "--html /nope/x.html: there is no folder /nope (name another file)",
+        ("data", sft, "--html", "/proc/x.html"): f"--html /proc/x.html: {there} (name another file)",
+        ("data", sft, "--html", "folder.html"): "--html folder.html: is a folder (name another file)",
+    }
+    for arguments, message in cases.items():
+        outcome = cli(*arguments)
+        assert (outcome.code, outcome.errors) == (2, [f"error: {message}"])
+
+
+def test_pairs_are_no_demonstrations(cli: CLI, bare: Path) -> None:
+    asked, said = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    pair = {"conversations": [asked], "chosen": said, "rejected": {"from": "gpt", "value": "b"}}
+    sft = write("sft", "sft", "bare", {"train": "pairs.jsonl", "max_length": 64})
+    advice = ("their columns are those of pairs, format sharegpt_preference: give them to rlhf dpo or rlhf train-rm, "
+              "or map other columns with `columns:`")  # fmt: skip
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    outcome = cli("check", sft)
+    assert (outcome.code, outcome.errors[-1]) == (3, f"error: {sft}: 1 bad row in all ({advice})")
+    Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (pair, {"conversations": [asked, said]})))
+    outcome = cli("check", sft)
+    drop = "correct them, or set data.on_bad_row: drop to leave them out"
+    assert (outcome.code, outcome.errors[-1]) == (3, f"error: {sft}: 1 bad row in all ({drop}; {advice})")
+    Path("pairs.jsonl").write_text(json.dumps({"conversations": [asked]}) + "\n")
+    outcome = cli("check", sft)
+    assert outcome.errors[-1] == f"error: {sft}: 1 bad row in all (correct them: the data hold no others)"

@@ -167,11 +167,17 @@ def test_check(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: py
     import rlhf_cli.data.prepare as prepare
 
     monkeypatch.setattr(prepare, "check_data", lambda recipe, made: ["12 rows kept", "3 dropped"])
-    assert run(capsys, "check", "r.yaml") == (0, ["r.yaml: fit for rlhf dpo; 12 rows kept; 3 dropped; new run"])
+    fit = "r.yaml: fit for rlhf dpo; base: taken as a hub id, not looked up; 12 rows kept"
+    assert run(capsys, "check", "r.yaml") == (0, [f"{fit}; 3 dropped; new run"])
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "check_data", lambda *_: ["12 rows kept", "warning: few; odd", "warning: old", "done"])
+        warned = [f"{fit}; done; new run", "r.yaml: warning: few; odd",
+                  "r.yaml: warning: old"]  # fmt: skip
+        assert run(capsys, "check", "r.yaml") == (0, warned)
     Path("bad.yaml").write_text("stage: dpo\nlr: 1\n")
     code, lines = run(capsys, "check", "bad.yaml", "r.yaml", "none.yaml")
     assert code == 2
-    assert lines[0] == "r.yaml: fit for rlhf dpo; 12 rows kept; 3 dropped; new run"
+    assert lines[0] == f"{fit}; 3 dropped; new run"
     assert sum(line.startswith("error: bad.yaml:") for line in lines) == 6
     assert lines[-1].startswith("error: none.yaml: no such recipe")
 

@@ -5,21 +5,22 @@ Recipes that are given together may be a chain: a run that one of them makes nee
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_cli.cli.chain import makers_of, refused, still_to_be_made, with_maker
 from rlhf_cli.cli.tools import together
-from rlhf_cli.errors import RlhfError
+from rlhf_cli.errors import ModelError, RlhfError
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.work import Work
 
 
 def check_all(paths: Sequence[str], overrides: Sequence[str], command: str, say: Callable[[str], None]) -> None:
-    """Say a line of each recipe that is fit; raises one RlhfError with what is wrong with the others."""
+    """Say a line of each recipe that is fit, and one of each of its warnings; raises one RlhfError with what is wrong
+    with the others."""
     from rlhf_cli.recipe.reader import read_recipe
 
     errors: list[RlhfError] = []
@@ -29,10 +30,18 @@ def check_all(paths: Sequence[str], overrides: Sequence[str], command: str, say:
             recipes[path] = read_recipe(path, overrides, None)
         except RlhfError as error:
             errors.append(error)
-    makers = {os.path.normpath(recipe.output_dir): path for path, recipe in recipes.items()}
+    wrong, unfit = refused(recipes)
+    errors += wrong
+    makers = makers_of(recipes)
     for path, recipe in recipes.items():
         try:
-            say(f"{path}: fit for rlhf {recipe.stage}; {'; '.join(_check(recipe, path, makers, command))}")
+            lines = _check(recipe, path, makers, command)
+            if path in unfit:
+                continue
+            warnings = [line for line in lines if line.startswith("warning: ")]
+            say(f"{path}: fit for rlhf {recipe.stage}; {'; '.join(line for line in lines if line not in warnings)}")
+            for line in warnings:
+                say(f"{path}: {line}")
         except RlhfError as error:
             errors.append(error)
     if errors:
@@ -46,25 +55,42 @@ def _check(recipe: Work, path: str, makers: Mapping[str, str], command: str) -> 
     made = still_to_be_made(recipe, path, makers)
     lines = [f"{name} is made by {maker}" for name, maker in made.items()]
     whole = recipe
-    if made.keys().isdisjoint(name for name, _ in recipe.models_read()):
-        whole = inherit_adapter(recipe)
     found: list[RlhfError] = []
-    for check in (_room, _data, _place):
+    if made.keys().isdisjoint(name for name, _ in recipe.models_read()):
+        try:
+            whole = inherit_adapter(recipe)
+        except RlhfError as error:
+            found.append(_named(error, recipe, path))
+    for check in (_room, _hub, _principles, _data, _place):
         try:
             lines += check(whole, frozenset(made), command)
         except RlhfError as error:
-            found.append(_named(error, path))
+            found.append(_named(error, recipe, path))
     if found:
         raise together(found)
     return lines
 
 
-def still_to_be_made(recipe: Work, path: str, makers: Mapping[str, str]) -> dict[str, str]:
-    """The runs that a recipe names and that are not finished, each with the other recipe that makes it."""
-    named = [source.path for source in recipe.data_read()] + [name for name, _ in recipe.models_read()]
-    named += [reward.run for reward in recipe.rewards_read() if reward.run is not None]
-    found = {name: makers.get(os.path.normpath(name), path) for name in named if not (Path(name) / "DONE").is_file()}
-    return {name: maker for name, maker in found.items() if maker != path}
+def _hub(recipe: Work, made: frozenset[str], command: str) -> list[str]:
+    """The models that no folder here holds."""
+    from rlhf_cli.recipe.model_path import resolve_model
+
+    names = [name for name, _ in recipe.models_read()]
+    names += [reward.run for reward in recipe.rewards_read() if reward.run is not None]
+    found = []
+    for name in dict.fromkeys(name for name in names if name not in made):
+        with suppress(ModelError):  # said where the inputs are looked up
+            if resolve_model(name, weights=False).source == "hub":
+                found.append(f"{name}: taken as a hub id, not looked up")
+    return found
+
+
+def _principles(recipe: Work, made: frozenset[str], command: str) -> list[str]:
+    """Nothing, when the principles that it names are there."""
+    from rlhf_cli.recipe.principles import check_principles
+
+    check_principles(recipe)
+    return []
 
 
 def _room(recipe: Work, made: frozenset[str], command: str) -> list[str]:
@@ -83,19 +109,24 @@ def _data(recipe: Work, made: frozenset[str], command: str) -> list[str]:
 
 
 def _place(recipe: Work, made: frozenset[str], command: str) -> list[str]:
-    """What running it would do with its run directory."""
-    from rlhf_cli.runs.decide import check_ahead
+    """What running it would do with its run directory; for that, the keys of its servers must be in the environment."""
+    from rlhf_cli.rollouts.server import check_keys
+    from rlhf_cli.runs.decide import check_ahead, up_to_date
     from rlhf_cli.runs.directory import Run
 
     if made:
         check_ahead(recipe, made)
+        check_keys(recipe)
         return ["to be run after that"]
     run = Run.open(recipe, command, "auto")
     run.close()
-    return [{"fresh": "new run", "resume": "run to be resumed", "done": "up to date"}[run.status]]
+    if run.status == "done":
+        return [up_to_date(run.path, recipe.max_steps)]
+    check_keys(recipe)
+    return ["new run" if run.status == "fresh" else "run to be resumed"]
 
 
-def _named(error: RlhfError, path: str) -> RlhfError:
+def _named(error: RlhfError, recipe: Work, path: str) -> RlhfError:
     """The same error, its problems placed in the recipe that was checked."""
-    places = [f"{path}: {problem.where}" if problem.where else path for problem in error.problems]
-    return type(error)([replace(problem, where=place) for problem, place in zip(error.problems, places, strict=True)])
+    problems = [with_maker(problem, recipe, path) for problem in error.problems]
+    return type(error)([replace(p, where=f"{path}: {p.where}" if p.where else path) for p in problems])

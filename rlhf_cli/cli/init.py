@@ -9,6 +9,7 @@ from rlhf_cli.data.sources import looks_like_hub_id
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.recipe.local_model import look
 from rlhf_cli.recipe.reader import quote
+from rlhf_cli.runs.files import writable
 
 PLACES = {
     "recipes": ("sft.yaml", "rm.yaml", "dpo.yaml", "ppo.yaml", "chat.jinja"),
@@ -44,6 +45,7 @@ def start(folder: str, model: str, quantization: str) -> list[Path]:
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RecipeError("is there already and not empty", folder, "choose another folder")
+    writable(root, folder, "choose another folder")
     filled = {**_fitting(_model(model)), "QUANTIZATION": quantization, "NAME": root.resolve().name}
     made: list[Path] = []
     try:

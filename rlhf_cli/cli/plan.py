@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import RecipeError
+from rlhf_cli.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from rlhf_cli.stages.plan import Plan
     from rlhf_cli.stages.plan_advice import Change
+    from rlhf_cli.stages.plan_rows import Rows
+    from rlhf_cli.stages.plan_traffic import Traffic
 
 MIB = 2**20
 GIB = 2**30
@@ -86,11 +88,10 @@ def _what(plan: Plan) -> list[str]:
 
 def _data(plan: Plan) -> list[str]:
     data = plan.data
-    each = "rollouts" if plan.recipe.stage == "ppo" else "steps"
     lines = plan.data.prepared.report.lines()
-    steps = f"{data.steps:,} {each}"
+    steps = counted(data.steps, _unit(plan))
     if data.updates != data.steps:
-        steps += f" with {data.updates:,} updates"
+        steps += f" with {counted(data.updates, 'update')}"
     words = " if every completion is as long as it may be" if plan.recipe.stage == "ppo" else ""
     return [*lines, f"{steps}, {data.tokens:,} tokens in all{words}"]
 
@@ -149,7 +150,20 @@ def _traffic(plan: Plan) -> list[str]:
         if of.copies > 1:
             ring = f"2 x {of.copies - 1}/{of.copies}"
             lines.append(f"  between {of.copies} machines: {often} {size} / {of.parts} x {ring} = {_size(of.copied)}")
+    if of.rows is not None:
+        lines += _rows(of, of.rows, times)
     return lines
+
+
+def _rows(of: Traffic, rows: Rows, times: str) -> list[str]:
+    """What those send one another who share each row."""
+    again = f" and {rows.again:.2g} of the forward again" if rows.again else ""
+    of_all = f"{rows.own:,.0f} of {rows.tokens:,.0f} tokens"
+    return [
+        f"  rows shared by {rows.members}: {times}({_size(rows.forward)} forward, with {of_all}, "
+        f"about as much backward{again}, {_size(rows.read)} of what is read) = {_size(of.exchanged)} "
+        "(distributed/exchanged_bytes); a forward without gradient exchanges once more"
+    ]
 
 
 def _size(count: float) -> str:
@@ -198,7 +212,7 @@ def _long(seconds: float) -> str:
 
 def _fit(plan: Plan, changes: Sequence[Change], largest: int | None) -> list[str]:
     estimate, target = plan.estimate, plan.target
-    each = f"a {target.world}th of " if target.world > 1 else ""
+    each = f"1/{target.world} of " if target.world > 1 else ""
     name = {"cpu": f"{each}this machine's free memory"}.get(target.kind, "the card")
     spare = target.room - estimate.peak
     if spare >= 0:
@@ -240,7 +254,7 @@ def plain(plan: Plan, changes: Sequence[Change], largest: int | None) -> dict[st
         "world_size": plan.target.world,
         "communication": None if plan.traffic is None else asdict(plan.traffic) | {
             name: getattr(plan.traffic, name)
-            for name in ("handed", "ring", "gathered", "scattered", "copied", "sent")},
+            for name in ("handed", "ring", "gathered", "scattered", "copied", "exchanged", "sent")},
         "fits": estimate.peak <= plan.target.room,
         "largest_micro_batch_tokens": largest,
         "changes": [change._asdict() for change in changes],

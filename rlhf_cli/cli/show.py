@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlhf_cli.errors import RecipeError
 
@@ -14,7 +15,10 @@ def show(path: str, overrides: Sequence[str], rows: int, html: str | None) -> No
 
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.recipe.schema import Recipe
+    from rlhf_cli.runs.files import writable_file
 
+    if html is not None:
+        writable_file(Path(html), f"--html {html}", "name another file")
     recipe = read_recipe(path, overrides, None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"shows what a command trains on, and rlhf {recipe.stage} trains nothing", "rlhf data",

@@ -160,6 +160,8 @@ def _train(
     from rlhf_cli.cli.view import make_display
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
+    from rlhf_cli.rollouts.server import check_keys
+    from rlhf_cli.runs.decide import up_to_date
     from rlhf_cli.runs.follower import Mute
     from rlhf_cli.runs.place import place
 
@@ -171,8 +173,9 @@ def _train(
     run = _open(recipe, line, options, here)
     try:
         if run.status == "done":
-            display.note(f"{run.path}: up to date")
+            display.note(f"{run.path}: {up_to_date(run.path, recipe.max_steps)}")
             return run.path
+        check_keys(recipe)
         train = STAGES[stage].load()
         tools.watch_garbage()
         train(recipe, run, display, options)

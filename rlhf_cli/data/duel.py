@@ -44,14 +44,20 @@ def verdict(interval: st.Interval) -> str:
 
 
 def asked(matches: Sequence[Match]) -> dict[str, Any]:
-    """How a judge came to its opinions: the mean probability it gives a, how much it likes the first place, how often
-    the winner changes with the order. Equal completions were not asked about."""
+    """How a judge came to its opinions: the mean probability it gives a, the probability that it says one of its labels
+    at all, how much it likes the first place, how often the winner changes with the order.
+
+    Equal completions were not asked about. Of matches without `mass`, as older versions wrote them, that probability is
+    not known: it is the mean over the others, None where there are none.
+    """
     opinions = [match for match in matches if match["first"] is not None]
     both = [match for match in opinions if match["second"] is not None]
     first = [m["first"] for m in opinions] + [1 - m["second"] for m in both]
     flips = [(m["first"] > 0.5) != (m["second"] > 0.5) for m in both]
+    masses = [match["mass"] for match in opinions if match.get("mass") is not None]
     return {
         "mean_probability": float(np.mean([match["probability"] for match in matches])),
+        "label_probability": float(np.mean(masses)) if masses else None,
         "first_place": float(np.mean(first)) if first else None,
         "position_bias": float(np.mean(first)) - 0.5 if first else None,
         "flips": float(np.mean(flips)) if flips else None,

@@ -237,6 +237,20 @@ def elsewhere(found: set[str]) -> str:
     return f"they are those of format {names}, for {stages} with objective {named}; or map them with `columns:`"
 
 
+def as_pairs(names: Iterable[str], chosen: Format, kind: Data) -> str:
+    """What to do with rows that were read in a format of completions and hold pairs; empty for other rows."""
+    found = set(names)
+    used = chosen.match(found) or frozenset()
+    pairs = [f for f in FORMATS.values() if "comparison" in f.gives and kind not in f.gives]
+    wider = [f for f in pairs if (m := f.match(found)) is not None and used < m]
+    if not wider:
+        return ""
+    return (
+        f"their columns are those of pairs, format {wider[0].name}: give them to rlhf dpo or rlhf train-rm, or map "
+        "other columns with `columns:`"
+    )
+
+
 def able(kind: Data) -> list[Format]:
     """The formats that give this kind of example."""
     return [f for f in FORMATS.values() if kind in f.gives]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_cli.catalog import Data, Need
@@ -86,7 +86,7 @@ def read_source(settings: SourceSettings, kind: Data, wanted: Wanted, split: str
     warnings = (*done.warnings, *nothing_to_learn(items), *labels.warnings(count))
     return Read(
         items,
-        bad_rows(settings, bad, count, whole.broken),
+        replace(bad_rows(settings, bad, count, whole.broken), advice=formats.as_pairs(names, chosen, kind)),
         report,
         tuple(f"{split} {settings.path}: {w}" for w in warnings),
     )

@@ -18,6 +18,7 @@ from rlhf_cli.data.lints import contradictions
 from rlhf_cli.data.quarantine import BadRows, bad_rows, refuse
 from rlhf_cli.data.reading import Wanted
 from rlhf_cli.data.report import DataReport, Lint, joined_words, shared_prompts, tally, token_report
+from rlhf_cli.data.right_numbers import check_rule
 from rlhf_cli.data.shelf import Shelf
 from rlhf_cli.data.split import How, Split, make_split
 from rlhf_cli.data.template import NO_TEMPLATE, NO_TEMPLATE_HINT, Template
@@ -160,11 +161,16 @@ def check_data(recipe: Work, made: Container[str] = ()) -> list[str]:
         return read_completions(there, gate.on_bad_row, gate.max_bad_rows, scored=scored).report.lines()
     data: Any = recipe.data  # type: ignore[attr-defined]
     read = []
+    tasks: list[Any] = []
     for split, sources, kind, wanted in _gates(recipe, made):
         if there := _there(sources, made):
             found, report = load_examples(there, kind, data.on_bad_row, wanted, split, data.max_bad_rows)
             _check_template(found.items, told)
             read.append((split, found, report))
+            if kind == "task":
+                tasks += found.items
+    for i, reward in enumerate(recipe.rewards_read() if tasks else []):
+        check_rule(reward, tasks, f"rewards.{i}")
     if isinstance(recipe, SampleRecipe | EvalRecipe):
         return [line for _, _, report in read for line in report.lines()]
     loaded = {split: (found, report) for split, found, report in read if split in ("train", "eval")}

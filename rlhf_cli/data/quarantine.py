@@ -30,6 +30,8 @@ class BadRows:
     """Rows of the source, good ones too."""
     broken: DataError | None = None
     """Why none after these can be read."""
+    advice: str = ""
+    """What else these rows may be for."""
 
 
 class Rows:
@@ -67,8 +69,13 @@ def refuse(found: Sequence[BadRows], most: float | None) -> None:
     more = count - sum(size for size, _ in groups[:LISTED])
     text = f"and {more} more bad rows" if more > 0 else f"{count} bad row{'s' if count > 1 else ''} in all"
     hint = "correct them, or set data.on_bad_row: drop to leave them out"
+    advice = next((one.advice for one in found if one.reasons and one.advice), "")
     if most:
         text, hint = f"{text}, of {rows} rows: more than data.max_bad_rows {most:g} allows", "correct them, or raise it"
+    if count == rows:
+        hint = advice or "correct them: the data hold no others"
+    elif advice:
+        hint = f"{hint}; {advice}"
     raise DataError([*(problem for _, problem in groups[:LISTED]), *broken, Problem(text, hint=hint)])
 
 

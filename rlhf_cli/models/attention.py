@@ -7,6 +7,7 @@ a cache) is transformers' own SDPA.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,17 +46,22 @@ class Segments:
 
 
 def plan(batch: Batch, *, one_kernel: bool = False) -> Segments | flex.Blocks:
-    """The segments of a packed batch, in the order of the row."""
+    """The segments of a packed batch, in the order of the row; an only child right behind its parent continues it, which
+    is the same and needs no mask."""
     lengths: list[int] = []
     parent: list[int | None] = []
     masks: list[Tensor | None] = []
     place: dict[int, int] = {}
+    children = Counter(span.parent for span in batch.spans if span.end > span.start)
     for index, span in enumerate(batch.spans):
         length = span.end - span.start
         if not length:
             continue
-        place[index] = len(lengths)
         above = place.get(span.parent)
+        if above is not None and children[span.parent] == 1 and above == len(lengths) - 1:
+            lengths[above] += length
+            continue
+        place[index] = len(lengths)
         mask = None
         if above is not None and not one_kernel:
             seen = lengths[above]

@@ -48,7 +48,7 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     check_logits(base)
     base.packed = recipe.training.layout != "padded" and allows_packing(base)
     if sequence.size() > 1:
-        sequence.check_heads(base.model.config, text.source)
+        sequence.check_heads(base.model.config, text.source, sequence.size())
     if sequence.size() > 1 and not base.packed:
         raise ModelError("this architecture cannot share sequences out to several processes", text.source,
                          f"set {sequence.WHERE}: 1")  # fmt: skip
@@ -57,6 +57,8 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
                           "use auto")  # fmt: skip
     if not base.packed and recipe.training.layout == "auto":
         display.note("attention by segments does not fit this model: sequences are padded instead of packed")
+    if base.compiled or base.flex:
+        display.note("kernels are compiled when they are first needed: the first steps may take a minute longer")
     torch.manual_seed(recipe.seed)
     if recipe.training.optimizer not in PLAIN_OPTIMIZERS:
         import bitsandbytes  # noqa: F401  (before peft imports it without the compiler)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.models import processes, traffic
+from rlhf_cli.models.device import pick_device
 
 Shard = Literal["none", "full", "hybrid"]
 COPIES, PARTS = "copies", "parts"
@@ -32,6 +33,7 @@ def ask(shard: Shard) -> None:
     _mesh.cache_clear()
     if shard != "none" and processes.count() > 1:
         _beside = _agreed(processes.gather(list(processes.beside()), "comparing machines"), hybrid=shard == "hybrid")
+        mesh(pick_device().type)
 
 
 def _agreed(told: Sequence[Sequence[int]], *, hybrid: bool) -> int:
@@ -78,11 +80,15 @@ def mesh(kind: str) -> Any:
 
 @cache
 def _mesh(kind: str) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+    total = processes.count()
     if _asked != "hybrid":
-        return init_device_mesh(kind, (processes.count(),))
-    return init_device_mesh(kind, (processes.count() // _beside, _beside), mesh_dim_names=(COPIES, PARTS))
+        return init_device_mesh(kind, (total,))
+    copies = processes.own_of([range(place, total, _beside) for place in range(_beside)])
+    parts = processes.own_of([range(first, first + _beside) for first in range(0, total, _beside)])
+    ranks = torch.arange(total).view(-1, _beside)
+    return DeviceMesh.from_group([copies, parts], kind, ranks, mesh_dim_names=(COPIES, PARTS))
 
 
 def in_turn(work: Callable[[], None], doing: str) -> None:
@@ -124,8 +130,8 @@ class _Scatter(_Gather):
 
 
 def counted(part: Any, kind: str) -> None:
-    """Count what FSDP2 sends for one module that it shares out: a ring's share of each collective. Before PyTorch 2.9 it
-    cannot be asked, and nothing is counted."""
+    """Count what FSDP2 sends for one module that it shares out: a ring's share of each collective. Before PyTorch 2.9
+    it cannot be asked, and nothing is counted."""
     if not hasattr(part, "set_custom_all_gather"):
         return
     part.set_custom_all_gather(_Gather())

@@ -132,6 +132,17 @@ def beside() -> tuple[int, int]:
     return (0, 1) if _group is None else (_group.place.local, _group.place.beside)
 
 
+def own_of(sets: Sequence[Sequence[int]]) -> Any:
+    """The torch.distributed group of that one of these sets of processes which this one is in; all ask for the same
+    sets together. Its collectives wait as long for one another as those of all."""
+    import torch.distributed as dist
+
+    assert _group is not None
+    limit = timedelta(seconds=_group.seconds)
+    made = [dist.new_group(list(ranks), timeout=limit) for ranks in sets]  # every process makes every group
+    return next(group for group, ranks in zip(made, sets, strict=True) if rank() in ranks)
+
+
 # --- telling -------------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def join(layer: Any) -> None:
     layer.kept = {name: getattr(layer.weight, name) for name in ("compress_statistics", "quant_type")}
     layer.weight = nn.Parameter(torch.cat([codes, filled, scales])[:, None], requires_grad=False)
     layer.quant_state = copy.copy(state)
-    layer.quant_state.absmax = scales[:0]
+    layer.quant_state.absmax = scales.new_empty(0)  # no view, which would keep them all
     kind: Any = type(layer)
     layer.__class__ = _joined_class(kind)
 

@@ -31,8 +31,6 @@ def ask(wanted: int) -> None:
     """How many processes share each row from here on; all ask together. Raises RecipeError when their number is no
     multiple of that."""
     global _size, _group  # noqa: PLW0603
-    import torch.distributed as dist
-
     _size, _group = 1, None
     if wanted == 1:
         return
@@ -41,10 +39,7 @@ def ask(wanted: int) -> None:
         words = "there is one process" if total == 1 else f"there are {total} processes"
         raise RecipeError(f"{wanted} processes are to share each sequence, and {words}", WHERE,
                           f"start {wanted} or a multiple of it with torchrun, or lower it")  # fmt: skip
-    for first in range(0, total, wanted):  # every process makes every group
-        made = dist.new_group(list(range(first, first + wanted)))
-        if first <= processes.rank() < first + wanted:
-            _group = made
+    _group = processes.own_of([range(first, first + wanted) for first in range(0, total, wanted)])
     _size = wanted
 
 
@@ -71,9 +66,10 @@ def member() -> int:
     return processes.rank() % size() if processes.count() > 1 else 0
 
 
-def parts(length: int) -> list[int]:
-    """How many tokens of a row each process of the group has, one part behind the other."""
-    return [length // size() + (i < length % size()) for i in range(size())]
+def parts(length: int, among: int | None = None) -> list[int]:
+    """How many tokens of a row each process of the group has (of so many), one part behind the other."""
+    count = size() if among is None else among
+    return [length // count + (i < length % count) for i in range(count)]
 
 
 def own(length: int) -> slice:
@@ -96,12 +92,17 @@ class Dealt(NamedTuple):
 def whole_heads(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """query (1, heads, l, D), key and value (1, key heads, l, D) -> the same of all L tokens and a share of the heads:
     (1, heads / G, L, D)."""
-    few = key.shape[1]
-    if few % size():  # each process needs a whole number of them
-        repeat = next(n for n in range(2, query.shape[1] + 1) if few * n % size() == 0)
+    repeat = repeated(key.shape[1], query.shape[1], size()) // key.shape[1]
+    if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    query, key, value = (_Exchange.apply(x, length, True) for x in (query, key, value))
+    # attention computes in the dtype of the values, whatever positions made of the others
+    query, key, value = (_Exchange.apply(x.to(value.dtype), length, True) for x in (query, key, value))
     return query, key, value
+
+
+def repeated(few: int, heads: int, among: int) -> int:
+    """How many key heads there must be, so that each of so many processes gets a whole number of them."""
+    return next(few * n for n in range(1, heads + 1) if few * n % among == 0)
 
 
 def own_tokens(out: Tensor, length: int) -> Tensor:
@@ -178,8 +179,8 @@ class _Gather(torch.autograd.Function):
         return upstream[ctx.first : ctx.first + ctx.count], None
 
 
-def check_heads(config: Any, source: str) -> None:
-    """ModelError unless the heads can be shared out."""
+def check_heads(config: Any, source: str, among: int) -> None:
+    """ModelError unless the heads can be shared out among so many."""
     heads = int(getattr(config.get_text_config(), "num_attention_heads", 0))
-    if size() > 1 and heads % size():
-        raise ModelError(f"{size()} processes cannot share {heads} attention heads evenly", source, f"lower {WHERE}")
+    if among > 1 and heads % among:
+        raise ModelError(f"{among} processes cannot share {heads} attention heads evenly", source, f"lower {WHERE}")

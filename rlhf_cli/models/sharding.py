@@ -100,7 +100,6 @@ def in_parts(
     there whole once. It fails as `processes.together` and `shard`."""
     found: list[Any] = []
     unmet = False
-    mesh.mesh(device.type)  # all together
 
     def work() -> None:
         nonlocal unmet

@@ -117,7 +117,7 @@ def shortened(text: Text, settings: ModelSettings, *, trained: bool) -> Iterator
     try:
         with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as folder:
             _write(config, folder)
-            base = load_base(folder, settings, trained=trained)
+            base = load_base(folder, _countable(settings), trained=trained)
         if text.config.get_text_config().num_hidden_layers > 1:
             _double(base.model)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -128,6 +128,12 @@ def shortened(text: Text, settings: ModelSettings, *, trained: bool) -> Iterator
                          "report it with the name of the model") from error  # fmt: skip
     base.packed = allows_packing(base)
     yield base
+
+
+def _countable(settings: ModelSettings) -> ModelSettings:
+    """Without what is compiled for a device, which this may not be, and whose operations cannot be watched."""
+    plain = {"kernels": "compiled", "attn_implementation": "flex_attention"}
+    return settings.model_copy(update={k: "auto" for k, compiled in plain.items() if getattr(settings, k) == compiled})
 
 
 def _double(model: Any) -> None:

@@ -7,6 +7,7 @@ rounding. Nothing is compiled until a chain is first called so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -52,7 +53,7 @@ class Fused(Generic[P, T]):
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
     """Those that the installed PyTorch knows; it refuses others."""
-    import torch._inductor.config as config
+    from torch._inductor import config
 
     return {name: value for name, value in options.items() if hasattr(config, name)}
 
@@ -64,7 +65,9 @@ def attempt(device: torch.device) -> str | None:
         found = Fused(_probe).compiled(x)
     except Exception as error:  # whatever the compiler, or what it calls, says
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        return (lines or [type(error).__name__])[0][:200]
+        said = (lines or [type(error).__name__])[0][:200]
+        asked = os.environ.get("CXX")
+        return said if "C++ compiler" not in said else f"no C++ compiler{f' (CXX is {asked})' if asked else ' was found'}"
     gap = float((found - _probe(x)).abs().max())
     return None if gap < 1e-5 else f"the compiled kernel is wrong by {gap:.3g}"
 

@@ -115,7 +115,8 @@ def _one_of(group: Sequence[_Complaint]) -> Found:
     wanted = [_WANTED[c.type] for c in group if c.type in _WANTED]
     choices = [choice for c in group if c.type == "literal_error" for choice in _quoted(c.context["expected"])]
     short = next((c for c in group if c.type in ("too_short", "string_too_short")), None)
-    if (wanted or choices) and not bound and not short:
+    long = next((c for c in group if c.type == "too_long"), None)
+    if (wanted or choices) and not (bound or short or long):
         return _wrong_value(first.node, first.path, choices, wanted)
     message, hint = str(first.context["msg"]), ""
     if bound:
@@ -127,6 +128,9 @@ def _one_of(group: Sequence[_Complaint]) -> Found:
         least = short.context["min_length"]
         message = "the list is empty" if least == 1 else f"the list has {short.context['actual_length']} of {least}"
         hint = "give at least one" if least == 1 else f"give at least {least}"
+    elif long:
+        most = long.context["max_length"]
+        message, hint = f"the list has {long.context['actual_length']} entries", f"give {most} at most"
     return _found(first.node.place, first.path, message, hint)
 
 

@@ -5,6 +5,7 @@ Every problem of a recipe is reported at once, in the order of the file: `file:l
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -110,10 +111,16 @@ def _neighbour(path: Path) -> str:
         names = sorted(p.name for p in path.parent.iterdir() if stage_of(p) is not None)
     except (OSError, ValueError):
         return f"the folder {path.parent} does not exist"
-    close = did_you_mean(path.name, names)
+    stems = {name.rpartition(".")[0]: name for name in names}
+    close = difflib.get_close_matches(_stem(path.name), stems, n=1)
     if close:
-        return close
+        return f"did you mean '{path.parent / stems[close[0]]}'?"
     return f"recipes in that folder: {', '.join(names[:8])}" if names else ""
+
+
+def _stem(name: str) -> str:
+    """Without the ending that all recipes have, which makes every name look alike."""
+    return name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def _stage(root: Node, stage: str | None) -> str:

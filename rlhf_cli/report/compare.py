@@ -15,7 +15,7 @@ from rlhf_cli.report.evaluation import write_evaluation
 from rlhf_cli.report.overlay import MOST, Member, key, panel, phases, reached, travelled
 from rlhf_cli.report.page import write_report
 from rlhf_cli.report.parts import write_page
-from rlhf_cli.report.plots import Curve, grouped
+from rlhf_cli.report.plots import Curve, grouped, repeats
 from rlhf_cli.report.sections import (
     data,
     evaluations,
@@ -107,6 +107,8 @@ def _curves(found: Sequence[dict[str, Curve]], called: Sequence[str], where: Seq
     for n in drawn:
         for name, curve in found[n].items():
             members.setdefault(name, []).append((n, curve))
+    if all(repeats(one) for one in found if "nll" in one):
+        members.pop("nll", None)
     shared = {name: m for name, m in members.items() if len(m) > 1 or len(drawn) == 1}
     for title, held in (("Curves on held-out data", True), ("Curves", False)):
         yield _panels(title, _cells({n: m for n, m in shared.items() if m[0][1].held_out == held}, called, where))

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.report.parts import shown, table, write_page
 from rlhf_cli.report.plots import HUES, INK, drawn
+from rlhf_cli.report.referee import warnings
 from rlhf_cli.runs.metrics import number
 
 FIGURES = "eval.json"
@@ -112,9 +113,11 @@ def _duel_rows(one: dict[str, Any]) -> Iterator[list[str]]:
     yield ["wins, ties, losses", f"{one['wins']}, {one['ties']}, {one['losses']}"]
     yield ["prompts", shown(one["prompts"])]
     yield ["characters", " against ".join(shown(length) for length in one["mean_lengths"])]
-    for key in ("position_bias", "flips"):
+    for key in ("label_probability", "position_bias"):
         if one.get(key) is not None:
             yield [key.replace("_", " "), shown(one[key])]
+    if one.get("flips") is not None:
+        yield ["winner changes with the order", f"{100 * one['flips']:.0f} % of the matches"]
 
 
 def _estimate(found: dict[str, Any], main: str, low: str, high: str) -> str:
@@ -137,7 +140,8 @@ def write_evaluation(run_path: Path, target: Path | None = None) -> Path:
     ModelError."""
     found, run = read_json(run_path / FIGURES), read_json(run_path / "run.json")
     head = f"<h1>{escape(run_path.name)} <small>eval of {escape(str(found['model']))}</small></h1>"
-    parts = [head, *(table(title, names, rows) for title, names, rows in tables(found)), _pictures(found)]
+    bad = "".join(f'<p class="wild">{escape(line)}</p>' for line in warnings(found))
+    parts = [head, bad, *(table(title, names, rows) for title, names, rows in tables(found)), _pictures(found)]
     return write_page(target or run_path / "report.html", f"{run_path.name} - rlhf {run.get('stage', '')}", parts)
 
 

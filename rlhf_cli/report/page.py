@@ -14,7 +14,7 @@ from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.report.axes import Axis, X, axis
 from rlhf_cli.report.overlay import phases, travelled
 from rlhf_cli.report.parts import shown, side, table, text_of, write_page
-from rlhf_cli.report.plots import Curve, curves, grouped, notes, svg
+from rlhf_cli.report.plots import Curve, curves, grouped, notes, repeats, svg
 from rlhf_cli.report.postmortem import PAGE
 from rlhf_cli.report.sections import figures, findings
 from rlhf_cli.report.story import REPORT, SUMMARY, pending, read_events
@@ -49,7 +49,7 @@ def write_report(run_path: Path, seconds: float | None = None, target: Path | No
         _held_out(found),
         _health(run_path),
         _frontier(by_name),
-        _panels(found, axis(x, rows)),
+        _panels([c for c in found if c.name != "nll" or not repeats(by_name)], axis(x, rows)),
         phases([by_name], [run_path.name]),
         _samples(read_lines(run_path / "samples.jsonl")),
         _data(run_path / "data-report.json"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,17 @@ def grouped(found: Sequence[Curve], most: int = len(HUES)) -> list[tuple[str, li
             part = f" ({start // most + 1})" if len(members) > most else ""
             result.append((title + part, members[start : start + most]))
     return result
+
+
+def repeats(found: Mapping[str, Curve]) -> bool:
+    """Whether the metric nll only says again, but for rounding, what the loss says."""
+    loss, nll = found.get("loss"), found.get("nll")
+    if loss is None or nll is None or loss.steps != nll.steps:
+        return False
+    return all(
+        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-8) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(loss.values, nll.values, strict=True)
+    )
 
 
 def notes(members: Iterable[Curve]) -> str:

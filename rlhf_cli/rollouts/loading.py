@@ -50,7 +50,7 @@ def check_rewards(
     statistics and how their steps end; a prompt that a reward model's own template cannot render is refused. Raises
     RecipeError, DataError or ModelError.
     """
-    checked = [_check(one, model, policy, tasks, f"rewards.{i}.function") for i, one in enumerate(settings)]
+    checked = [_check(one, model, policy, tasks, f"rewards.{i}") for i, one in enumerate(settings)]
     for judge in checked:
         if isinstance(judge, Judge):
             check_length(judge.text, longest, f"data.max_length (reward model {judge.settings.run})")
@@ -59,9 +59,9 @@ def check_rewards(
 
 def _check(settings: RewardSettings, model: ModelSettings, policy: Text, tasks: Sequence[Task], key: str) -> Checked:
     if settings.function is not None:
-        return load_function(settings, tasks, policy.template, key)
+        return load_function(settings, tasks, policy.template, f"{key}.function")
     if settings.rule is not None:
-        return load_rule(settings, tasks)
+        return load_rule(settings, tasks, key)
     return check_run(settings, model, policy, tasks)
 
 

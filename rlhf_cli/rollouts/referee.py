@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from rlhf_cli.data.examples import Message, Prompt
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.base import Text
+from rlhf_cli.recipe.principles import read_principles
 from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.rollouts.voices import Voice
 
@@ -111,20 +111,6 @@ def load_referee(settings: JudgeSettings, text: Text) -> Referee:
 def principle_of(principles: Sequence[str], seed: int, number: int) -> str:
     """One of them, a function of seed and number."""
     return principles[int(np.random.Generator(np.random.Philox(key=[seed, number])).integers(len(principles)))]
-
-
-def read_principles(name: str, key: str) -> tuple[str, ...]:
-    """The lines of a constitution. Raises RecipeError naming `key`."""
-    try:
-        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"cannot be read: {reason}", f"{key} {name}", "a text file, a principle a line"
-                          ) from error  # fmt: skip
-    found = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not found:
-        raise RecipeError("holds no principle", f"{key} {name}", "write one a line")
-    return found
 
 
 def fill(question: str, texts: dict[str, str]) -> str:

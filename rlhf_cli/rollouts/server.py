@@ -18,7 +18,8 @@ from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
-from rlhf_cli.errors import ModelError, RecipeError
+from rlhf_cli.errors import ModelError, Problem, RecipeError
+from rlhf_cli.recipe.work import Work
 
 LONGEST = 300
 """Characters of a server's words that are shown."""
@@ -65,6 +66,18 @@ def key_of(variable: str | None, where: str) -> str:
     if re.fullmatch(r"[!-~]+", key) is None:
         raise RecipeError(f"what {variable} holds is no key: white space, or letters that are not ASCII", where)
     return key
+
+
+def check_keys(recipe: Work) -> None:
+    """Whether the environment holds the keys of the servers that a recipe names. Raises one RecipeError."""
+    problems: list[Problem] = []
+    for block in ("rollout", "judge"):
+        try:
+            key_of(getattr(getattr(recipe, block, None), "api_key_env", None), f"{block}.api_key_env")
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,14 @@ def _finished(path: Path, wanted: Identity) -> Decision:
     return Decision("resume")
 
 
+def up_to_date(path: Path, max_steps: int | None) -> str:
+    """What to say of a finished run: also its steps, when other ones are asked for. Raises ModelError."""
+    done = read_json(path / "DONE") if max_steps is not None else {}
+    if max_steps is None or done.get("max_steps") == max_steps:
+        return "up to date"
+    return f"up to date: it has {done.get('step', 0)} steps, and training.max_steps asks for {max_steps}"
+
+
 def _named(path: Path, checkpoint: Path, wanted: Identity) -> Path:
     """The checkpoint the user named, if it belongs to a run of this very recipe."""
     if manifest.step_of(checkpoint.name) is None or not checkpoint.is_dir():

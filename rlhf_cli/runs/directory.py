@@ -12,10 +12,8 @@ from typing import Any, Literal
 from rlhf_cli.catalog import STAGES
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.recipe.data_path import PRODUCT
-from rlhf_cli.recipe.lineage import differences
-from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.recipe.work import Work
-from rlhf_cli.runs import lock, manifest, provenance
+from rlhf_cli.runs import head, lock, manifest, provenance
 from rlhf_cli.runs.decide import PIECES, Decision, Identity, check_place, decide, identify, refuse_inputs_inside, stands
 from rlhf_cli.runs.files import (
     discard,
@@ -29,7 +27,6 @@ from rlhf_cli.runs.files import (
 from rlhf_cli.runs.files import write_atomic as write
 from rlhf_cli.runs.metrics import HINT, Lines, plain, read_lines
 
-SCHEMA = 1
 _ATTEMPT = (
     "DONE", "metrics.jsonl", "samples.jsonl", "data-report.json", "bad-rows.jsonl", "report.html", "final",
     "doctor.jsonl", "rollbacks", "postmortem.html", PIECES, PRODUCT, "summary.json", "again.jsonl",
@@ -240,37 +237,16 @@ class Run:
     def _write_head(self, lineage: dict[str, Any]) -> None:
         from rlhf_cli.recipe.reader import dump_recipe
 
-        head = {"run.json": _pretty(self._head(lineage)), "recipe.yaml": dump_recipe(self.recipe).encode()}
-        for name, content in head.items():
+        entry = head.entry(self._command)
+        if self._decision.status == "resume" and (self.path / "run.json").exists():
+            about = head.resumed(self.path, lineage, entry)
+        else:
+            about = head.started(self.recipe.stage, self.identity, lineage, self.about, entry)
+        files = {"run.json": _pretty(about), "recipe.yaml": dump_recipe(self.recipe).encode()}
+        for name, content in files.items():
             if not (self.path / name).exists():
                 self._made.insert(0, self.path / name)
             write(self.path / name, content)
-
-    def _head(self, lineage: dict[str, Any]) -> dict[str, Any]:
-        """The content of run.json; a resumed run keeps its own and notes the resumption."""
-        entry = {"command": self._command, "started": provenance.now(), "versions": provenance.versions()}
-        if self._decision.status == "resume" and (self.path / "run.json").exists():
-            head = read_json(self.path / "run.json")
-            changed = differences(head.get("lineage", {}), lineage)
-            if changed:
-                raise ModelError(
-                    f"the models are not those the run started with: {'; '.join(changed)}", str(self.path),
-                    "restore them, or archive the run with --resume never",
-                )  # fmt: skip
-            return head | {"resumed": [*head.get("resumed", []), entry]}
-        stage = self.recipe.stage
-        return {
-            "schema": SCHEMA,
-            "stage": stage,
-            "role": lineage.get("role", "reward" if stage == "train-rm" else "policy"),
-            "digest": self.identity.digest,
-            "recipe": self.identity.meaning,
-            "inputs": self.identity.sources,
-            "lineage": lineage,
-            **self.about,
-            **entry,
-            "hardware": provenance.hardware(),
-        }
 
     def _abandon_later(self) -> None:
         """Going on from a checkpoint the user named means giving up the later ones."""

@@ -22,6 +22,9 @@ from rlhf_cli.errors import ModelError, RecipeError
 TEMPORARY = re.compile(r"\..+\.tmp-\d+")
 _EXCHANGE = 2
 _CWD = -100
+FREE = "free some space"
+"""What to do, at the start of a hint, where a disk is full."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 ELSEWHERE = "choose another output_dir, where you may write"
 
 
@@ -130,18 +133,28 @@ def remove_temporaries(*folders: Path) -> None:
             discard(path)
 
 
-def writable(path: Path) -> None:
-    """Check that a path can be created or written into, leaving no trace. Raises RecipeError."""
-    place, where = path, f"output_dir {path}"
+def writable(path: Path, where: str = "", hint: str = ELSEWHERE) -> None:
+    """Check that a path can be created or written into, leaving no trace. where: who asks for it; empty: output_dir.
+    Raises RecipeError."""
+    place, where = path, where or f"output_dir {path}"
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not os.path.isdir(place) and place == path:
-        raise RecipeError("is a file", where, ELSEWHERE)
+        raise RecipeError("is a file", where, hint)
     if not os.path.isdir(place):
-        raise RecipeError(f"cannot be created: {place} is not a folder", where, ELSEWHERE)
+        raise RecipeError(f"cannot be created: {place} is not a folder", where, hint)
     reason = "" if os.access(place, os.W_OK | os.X_OK) else "permission denied or read-only"
     if reason := reason or _refused(place):
-        raise RecipeError(f"cannot write into {place}: {reason}", where, ELSEWHERE)
+        raise RecipeError(f"cannot write into {place}: {reason}", where, hint)
+
+
+def writable_file(path: Path, where: str, hint: str) -> None:
+    """The same of a file, whose folder must be there. Raises RecipeError."""
+    if path.is_dir():
+        raise RecipeError("is a folder", where, hint)
+    if not path.parent.is_dir():
+        raise RecipeError(f"there is no folder {path.parent}", where, hint)
+    writable(path.parent, where, hint)
 
 
 def _refused(place: Path) -> str:
@@ -161,9 +174,17 @@ def _refused(place: Path) -> str:
 
 
 def disk_error(error: OSError, doing: str, path: Path, hint: str) -> ModelError:
-    """A failed disk operation in the user's words."""
+    """A failed disk operation in the user's words, with the name that a file was to get. Only a full disk is freed."""
     reason = error.strerror or str(error)
-    return ModelError(f"{doing}: {reason}", where=str(error.filename or path), hint=hint)
+    place = "/".join(_asked(part) for part in str(error.filename or path).split("/"))
+    if error.errno not in FULL:
+        hint = hint.removeprefix(FREE).removeprefix(", then ")
+    return ModelError(f"{doing}: {reason}", where=place, hint=hint)
+
+
+def _asked(name: str) -> str:
+    """The name for which a temporary stands."""
+    return name[1 : name.rindex(".tmp-")] if TEMPORARY.fullmatch(name) else name
 
 
 def remove_quietly(path: Path) -> None:

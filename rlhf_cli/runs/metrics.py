@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.runs.files import disk_error, write_all
+from rlhf_cli.runs.files import FREE, disk_error, write_all
 
-HINT = "free some space, then run the same command again to resume"
+HINT = f"{FREE}, then run the same command again to resume"
 
 
 def plain(value: Any) -> Any:

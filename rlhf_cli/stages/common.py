@@ -29,7 +29,7 @@ from rlhf_cli.runs import ancestry, card, opening
 from rlhf_cli.runs.decide import no_whole_checkpoint
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
-from rlhf_cli.runs.files import discard, disk_error, remove_quietly, sync_tree, temporary
+from rlhf_cli.runs.files import FREE, discard, disk_error, remove_quietly, sync_tree, temporary
 from rlhf_cli.runs.signals import Signals
 from rlhf_cli.runs.trackers import open_trackers
 from rlhf_cli.stages.company import tell_shares
@@ -152,7 +152,7 @@ def _finish(engine: Engine, text: Text, save: Callable[[Path], None], prove: Cal
         os.rename(draft, run.final)
     except (OSError, SafetensorError) as error:
         cause = error if isinstance(error, OSError) else OSError(0, str(error))
-        raise disk_error(cause, "the trained model cannot be written", run.final, "free some space") from error
+        raise disk_error(cause, "the trained model cannot be written", run.final, FREE) from error
     finally:
         remove_quietly(draft)
     if prove is not None:

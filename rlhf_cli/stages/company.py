@@ -19,7 +19,10 @@ ALONE = "distributed.shard {}: a single process has nothing to share out"
 
 
 def tell_shares(asked: DistributedSettings, base: Base, display: Display) -> None:
-    """How much of a base each process holds, where the recipe has it held in parts."""
+    """How many processes there are, and how much of a base each holds where the recipe has it held in parts."""
+    if processes.count() > 1:
+        shared = f", {sequence.size()} of them share each sequence" if sequence.size() > 1 else ""
+        display.note(f"{processes.count()} processes{shared}")
     if asked.shard != "none":
         display.note(sharding.words(base) if base.shards else ALONE.format(asked.shard))
 

@@ -19,6 +19,7 @@ from rlhf_cli.recipe.data_path import PRODUCT
 from rlhf_cli.recipe.evaluation import EvalRecipe
 from rlhf_cli.recipe.settings.data import RewardDataSettings
 from rlhf_cli.report.evaluation import FIGURES, lines_of, write_evaluation
+from rlhf_cli.report.referee import warnings
 from rlhf_cli.runs.decide import PIECES
 from rlhf_cli.runs.directory import Run
 from rlhf_cli.runs.display import Display
@@ -80,6 +81,8 @@ def finish(run: Run, display: Display, figures: Callable[[], dict[str, Any]]) ->
         write_evaluation(run.path)
         for line in lines_of(found):
             display.note(line)
+        for line in warnings(found):
+            display.warn(line)
         run.finish({"step": 0})
         remove_quietly(run.path / PIECES)
 

@@ -17,6 +17,7 @@ from rlhf_cli.data.completions import Candidate, by_prompt, plain_prompt, read_c
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.base import check_length, load_text
 from rlhf_cli.recipe.data_stages import ScoreRecipe
+from rlhf_cli.report.referee import told
 from rlhf_cli.rollouts.referee import Match, Opinion, Referee, load_referee
 from rlhf_cli.rollouts.voices import Voice
 from rlhf_cli.runs.directory import Run
@@ -74,24 +75,6 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     for line, bad in told(facts):
         (display.warn if bad else display.note)(line)
     product.finish(run, display, product.made_rows(run), facts, {COMPARISONS: product.made_rows(run, "more")})
-
-
-UNHEARD = 0.1
-"""A judge that says its labels less often than this has not understood what it was asked."""
-
-
-def told(facts: dict[str, Any]) -> list[tuple[str, bool]]:
-    """What is to be known of the judge, and whether it is a warning."""
-    mass, flips = facts["label_probability"], facts["flips"]
-    lines = [(f"the judge says one of its labels with probability {mass:.3g}", False)]
-    if mass < UNHEARD:
-        lines = [(f"{lines[0][0]}: it does not know what it is asked, and its scores are noise; look at judge.labels, "
-                  "judge.question and its chat template", True)]  # fmt: skip
-    lines.append((f"position bias {facts['position_bias']:+.3f} (0: none, +-0.5: it always takes one place)", False))
-    if flips is not None:
-        words = f"the winner changes with the order in {100 * flips:.0f} % of the matches"
-        lines.append((words + (": it judges the place more than the text" if flips > 0.5 else ""), flips > 0.5))
-    return lines
 
 
 def matched(group: Group, referee: Referee, seed: int, first: int) -> list[tuple[int, int, Match]]:

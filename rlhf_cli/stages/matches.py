@@ -56,7 +56,7 @@ class Matches:
             pair, place = divmod(number, self.prompts * self.each)
             one, other = (self._said[k][place] for k in self.pairs[pair])
             met.append({"what": "match", "pair": pair, "prompt": one["number"], "index": one["index"],
-                        "probability": 0.5, "first": None, "second": None})  # fmt: skip
+                        "probability": 0.5, "first": None, "second": None, "mass": None})  # fmt: skip
             if one["completion"] != other["completion"]:
                 match = Match(rows.prompt(one), one["completion"], other["completion"], one["where"],
                               self.referee.principle(self.recipe.seed, number))  # fmt: skip
@@ -67,7 +67,8 @@ class Matches:
         )
         opinions = self.referee([match for _, match in open_], voice) if open_ else []
         for (row, _), opinion in zip(open_, opinions, strict=True):
-            row |= {"probability": opinion.probability, "first": opinion.first, "second": opinion.second}
+            row |= {"probability": opinion.probability, "first": opinion.first, "second": opinion.second,
+                    "mass": opinion.mass}  # fmt: skip
         return Piece([], {"matches": float(len(met))}, met)
 
     def look(self, run: Run) -> None:

@@ -19,7 +19,7 @@ from rlhf_cli.models.save import pad_id, save_policy, save_reward
 from rlhf_cli.recipe.settings.model import Dtype, ModelSettings
 from rlhf_cli.runs import ancestry, card, opening, provenance
 from rlhf_cli.runs.display import Display
-from rlhf_cli.runs.files import disk_error, remove_quietly, sync_tree, temporary
+from rlhf_cli.runs.files import FREE, disk_error, remove_quietly, sync_tree, temporary, writable
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}
 """How far a logit may move by being written and read again: rounding of the products, in the dtype."""
@@ -30,6 +30,7 @@ def run(name: str, folder: str, weights: Weights, dtype: Dtype, display: Display
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError("is there already and not empty", folder, "choose another folder")
+    writable(out, f"--output-dir {folder}", "choose another folder")
     text = load_text(ModelSettings(name_or_path=name), "policy", "reward", "cost", "process")
     merged = merge(text, weights, dtype)
     for line in told(merged):
@@ -53,7 +54,7 @@ def run(name: str, folder: str, weights: Weights, dtype: Dtype, display: Display
             out.rmdir()
         os.rename(draft, out)
     except OSError as error:
-        raise disk_error(error, "the merged model cannot be written", out, "free some space") from error
+        raise disk_error(error, "the merged model cannot be written", out, FREE) from error
     finally:
         remove_quietly(draft)
     display.note(f"{out}: opened again, it answers the same (largest difference {gap:.1e})")

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.models.scratch import HeadUse, draw_bytes, head_bytes
 from rlhf_cli.models.sizing import gathered_bytes
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
+from rlhf_cli.stages import plan_rows
 from rlhf_cli.stages.plan_model import Model, Target, look_at
 from rlhf_cli.stages.plan_roles import Part, cut_of
 from rlhf_cli.stages.plan_traffic import AT_ONCE, GRADIENT, Traffic
@@ -72,6 +74,7 @@ def plan(recipe: Recipe, vram: float | None, *, timed: bool, world: int = 1, bes
     """Work it out for one of `world` processes. vram: GiB of its card; None: this machine. beside: how many of them a
     machine has. Raises RlhfError."""
     cut_of(recipe, world, beside)
+    plan_rows.check(recipe, world)
     target = replace(_target(vram, world), beside=beside)
     text = load_text(recipe.model, weights=False)
     data = read(recipe, text)
@@ -97,8 +100,9 @@ def traffic(recipe: Recipe, data: Data, model: Model, estimate: Estimate, world:
     """The terms for a step of this recipe."""
     stand = model.standing
     matrices = gathered_bytes(model.outline, recipe.model.quantization, model.cut) if model.cut > 1 else 0
-    often = estimate.demand.rounds
-    return Traffic(world, model.cut, stand.replicated, stand.spread, matrices, often, data.updates / data.steps)
+    often, again = estimate.demand.rounds, estimate.recomputed / max(model.layers, 1)
+    shared = plan_rows.rows(recipe, data, use(recipe), model.outline, estimate.budget, again, world)
+    return Traffic(world, model.cut, stand.replicated, stand.spread, matrices, often, data.updates / data.steps, shared)
 
 
 # --- what it adds up to ----------------------------------------------------------------------------------------------
@@ -106,14 +110,16 @@ def traffic(recipe: Recipe, data: Data, model: Model, estimate: Estimate, world:
 
 def estimated(recipe: Recipe, data: Data, model: Model, target: Target) -> Estimate:
     """The moments of a run, and the parts of that which takes most."""
-    stand, how = model.standing, use(recipe)
+    stand, how, shared = model.standing, use(recipe), recipe.distributed.sequence_parallel
     budget, recomputed = settled(recipe, model, target)
-    wanted = demand(data, budget, packed=model.measured.packed, world=target.world)
-    start, tail = model.measured.peak(model.layers, recomputed, wanted.tokens, _scratch(how, model, wanted, target))
+    wanted = demand(data, budget, packed=model.measured.packed, world=target.world // shared)
+    here = math.ceil(wanted.tokens / shared)
+    scratch = _scratch(how, model, min(wanted.scored, here), target)
+    start, tail = model.measured.peak(model.layers, recomputed, here, scratch)
     training = [
         Part("all", "gradients", stand.gradients if wanted.several else stand.head_gradient, "counted"),
         Part("all", f"optimiser, {recipe.training.optimizer}", stand.optimiser, "counted"),
-        Part("all", f"activations and scratch, {wanted.tokens:,} tokens", round(start), "measured"),
+        Part("all", f"activations and scratch, {here:,} tokens", round(start), "measured"),
     ]
     ending = [
         Part("all", "gradients", stand.gradients, "counted"), training[1],
@@ -155,10 +161,10 @@ def _checked(size: int) -> int:
     return size + size // 2
 
 
-def _scratch(how: Use, model: Model, wanted: Demand, target: Target) -> int:
+def _scratch(how: Use, model: Model, scored: int, target: Target) -> int:
     config = model.outline.model.config.get_text_config()
     head: HeadUse = how.head
-    return head_bytes(head, wanted.scored, config.vocab_size, config.hidden_size, target.kind, model.outline.dtype)
+    return head_bytes(head, scored, config.vocab_size, config.hidden_size, target.kind, model.outline.dtype)
 
 
 def settled(recipe: Recipe, model: Model, target: Target) -> tuple[int, int]:
@@ -171,7 +177,8 @@ def settled(recipe: Recipe, model: Model, target: Target) -> tuple[int, int]:
     room = target.room - model.idle - (stand.fixed if target.kind == "cuda" else stand.parts[0].bytes)
     owed = stand.gradients + stand.optimiser
     free = room * SHARE[target.kind] - owed
-    wanted = max(recipe.data.max_length, budget)
+    shared = recipe.distributed.sequence_parallel
+    wanted = max(recipe.data.max_length, budget) // shared
     needs = checkpointing.bound(Role("policy", model.outline))
     if not model.measured.packed or wanted * needs.each(0) > free:
         needs = _footprint(model)
@@ -179,7 +186,7 @@ def settled(recipe: Recipe, model: Model, target: Target) -> tuple[int, int]:
     if selective:
         count = layers_to_recompute(needs, wanted, free)
     if automatic:
-        budget = tokens_that_fit(needs.each(count), needs.fixed(count), free, allowed)
+        budget = tokens_that_fit(needs.each(count), needs.fixed(count), free, allowed) * shared
     return budget, count
 
 

@@ -17,6 +17,7 @@ from rlhf_cli.models.portions import portions
 from rlhf_cli.models.shortened import Measured, head_seconds, measure, role_of, shortened
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.rollouts.prefill import Prefill, prefill
+from rlhf_cli.stages import plan_rows
 from rlhf_cli.stages.plan_roles import Standing, cut_of, standing
 from rlhf_cli.stages.plan_work import Data, demand, use
 
@@ -76,14 +77,16 @@ def look_at(recipe: Recipe, text: Text, data: Data, target: Target, *, timed: bo
     dtype = torch.bfloat16 if _assumed(recipe, target) else compute_dtype(recipe.model.dtype, pick_device())
     how = use(recipe)
     outline = sizing.outline(text, recipe.model, dtype, recipe.lora, trained=recipe.lora is None)
+    plan_rows.check(recipe, target.world, outline)
     layers = int(text.config.get_text_config().num_hidden_layers)
     settings = recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     with shortened(text, settings, trained=recipe.lora is None) as base:
         base.packed = base.packed and recipe.training.layout != "padded"
         role = role_of(base, recipe.lora, dropout=how.dropout, outputs=how.outputs)
         tokens = _tokens(outline, layers)
-        usual = micro_batch_range(base.device).usual
-        examples = demand(data, usual, packed=base.packed, world=target.world).largest
+        shared = recipe.distributed.sequence_parallel
+        usual = micro_batch_range(base.device).usual * shared
+        examples = demand(data, usual, packed=base.packed, world=target.world // shared).largest
         batches = portions(examples, tokens, base.vocabulary, packed=base.packed)
         found = None
         if isinstance(recipe, PPORecipe) and recipe.rollout.engine != "vllm":  # a server samples elsewhere

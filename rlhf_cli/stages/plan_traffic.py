@@ -8,12 +8,15 @@ N processes, each telling of itself:
   each micro-batch's forward pass and again for its backward pass, and gradients of those that are trained are added up
   and dealt out after it, in float32: of each, (P - 1) / P is sent;
 - with `hybrid` each of the C = N / P machines then adds up the gradients of its parts with the others, micro-batch by
-  micro-batch: of a P-th of them, a ring sends 2 (C - 1) / C.
+  micro-batch: of a P-th of them, a ring sends 2 (C - 1) / C;
+- where several share the tokens of each row, what stages/plan_rows.py says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from rlhf_cli.stages.plan_rows import Rows
 
 GRADIENT = 4
 """Bytes of a number of a gradient that is added up."""
@@ -40,6 +43,8 @@ class Traffic:
     """Of an update, of the process that has most."""
     updates: float
     """Of a step."""
+    rows: Rows | None = None
+    """Where several processes share each row."""
 
     @property
     def handed(self) -> int:
@@ -73,6 +78,11 @@ class Traffic:
         return 2 * own * (self.copies - 1) / self.copies
 
     @property
+    def exchanged(self) -> float:
+        """Bytes of tokens that it sends to those with which it shares rows: `distributed/exchanged_bytes`."""
+        return 0.0 if self.rows is None else self.updates * self.rows.sent
+
+    @property
     def sent(self) -> float:
         """Bytes that it sends in a step, training alone."""
-        return self.ring + self.gathered + self.scattered + self.copied
+        return self.ring + self.gathered + self.scattered + self.copied + self.exchanged

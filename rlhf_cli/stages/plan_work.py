@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +14,7 @@ from rlhf_cli.data.batch import Batch, micro_batches, size
 from rlhf_cli.data.prepare import Prepared, data_needs, prepare
 from rlhf_cli.data.tokens import Completion, Sample, length
 from rlhf_cli.models.base import Text, check_length
-from rlhf_cli.models.roles import Role
+from rlhf_cli.models.roles import SAID, Role
 from rlhf_cli.models.scratch import HeadUse
 from rlhf_cli.models.shortened import Work
 from rlhf_cli.objectives.logprob import Statistics
@@ -67,6 +68,10 @@ class Use:
     head: HeadUse
     outputs: int = 0
     """Of a head of its own."""
+    columns: int = 1
+    """Numbers that are read of a place."""
+    at: Literal["predictors", "targets", "last"] = "predictors"
+    """The places: before each scored token, at it, or at the end of each sequence."""
     dropout: bool = False
 
 
@@ -152,14 +157,15 @@ def use(recipe: Recipe) -> Use:
     if isinstance(recipe, SFTRecipe):
         smooth = recipe.objective.label_smoothing > 0
         said: Statistics = "usual" if smooth else "entropy"
-        return Use(_likelihood(said, known=not smooth), HeadUse(said, trained, known=not smooth), dropout=True)
+        head = HeadUse(said, trained, known=not smooth)
+        return Use(_likelihood(said, known=not smooth), head, dropout=True, columns=len(SAID[said]))
     if isinstance(recipe, RewardRecipe):
         return _scores(recipe)
     if isinstance(recipe, PPORecipe):
         said = "bonus" if recipe.ppo.entropy_coef > 0 else "entropy"
-        return Use(_likelihood(said), HeadUse(said, trained))
-    said = "collision" if "certainty" in data_needs(recipe)[1] else "none"
-    return Use(_likelihood(said), HeadUse(said, trained))
+    else:
+        said = "collision" if "certainty" in data_needs(recipe)[1] else "none"
+    return Use(_likelihood(said), HeadUse(said, trained), columns=len(SAID[said]))
 
 
 def _scores(recipe: RewardRecipe) -> Use:
@@ -167,10 +173,11 @@ def _scores(recipe: RewardRecipe) -> Use:
     labels = labels_of(common.settings_of(recipe.objective))
     none = HeadUse(None, False)
     if entry.head == "language":
-        return Use(lambda role, batch: role.followed_by(batch, (0, 1)).sum(), none)
+        return Use(lambda role, batch: role.followed_by(batch, (0, 1)).sum(), none, columns=2, at="targets")
     if labels:
-        return Use(lambda role, batch: role.classes(batch).sum(), none, outputs=len(labels))
-    return Use(lambda role, batch: role.score(batch).sum(), none, outputs=1)
+        count = len(labels)
+        return Use(lambda role, batch: role.classes(batch).sum(), none, outputs=count, columns=count, at="targets")
+    return Use(lambda role, batch: role.score(batch).sum(), none, outputs=1, at="last")
 
 
 def _likelihood(statistics: Statistics, *, known: bool = False) -> Work:

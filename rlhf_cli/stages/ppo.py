@@ -20,7 +20,7 @@ from typing import Any
 from rlhf_cli.catalog import CONTROLLERS, ESTIMATORS
 from rlhf_cli.data.examples import Task
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import RecipeError
+from rlhf_cli.errors import RecipeError, counted
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, move, weights_of
 from rlhf_cli.models.save import save_policy
@@ -67,7 +67,7 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
                           "lower it, or train longer")  # fmt: skip
     ppo_setup.warn_of_long_limits(recipe, display)
     if options.dry_run:
-        display.note(f"dry run: {len(data.train)} prompts, {steps} rollouts of {rollout}")
+        display.note(f"dry run: {len(data.train)} prompts, {counted(steps, 'rollout')} of {rollout}")
         return
     server = serving(recipe.rollout, text.source, recipe.data.max_length, run.path)
     sampling = served(sampling, server)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_cli.errors import counted
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.save import save_policy
@@ -39,7 +40,7 @@ def run(recipe: DPORecipe | ORPORecipe | SimPORecipe, run: Run, display: Display
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     common.tell_length(recipe, loader, display)
     if options.dry_run:
-        display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
+        display.note(f"dry run: {len(data.train)} examples, {counted(common.total_steps(recipe, loader), 'step')}")
         return
     policy = load_policy(recipe, text, display)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])

@@ -14,10 +14,11 @@ from rlhf_cli.data.completions import messages_of
 from rlhf_cli.data.examples import Message, Prompt, Task
 from rlhf_cli.models.base import Text
 from rlhf_cli.models.roles import Role
+from rlhf_cli.recipe.principles import read_principles
 from rlhf_cli.recipe.settings.revise import ReviseSettings
 from rlhf_cli.rollouts.experience import draw
 from rlhf_cli.rollouts.generate import mixed
-from rlhf_cli.rollouts.referee import fill, principle_of, read_principles
+from rlhf_cli.rollouts.referee import fill, principle_of
 from rlhf_cli.rollouts.rewards import Rollout
 from rlhf_cli.rollouts.sampling import Sampling
 

@@ -20,7 +20,7 @@ import torch
 
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.data.tokens import Sample
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, counted
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.checks import rounds
@@ -49,7 +49,7 @@ def run(recipe: RewardRecipe, run: Run, display: Display, options: Options) -> N
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     common.tell_length(recipe, loader, display)
     if options.dry_run:
-        display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
+        display.note(f"dry run: {len(data.train)} examples, {counted(common.total_steps(recipe, loader), 'step')}")
         return
     policy = load_policy(recipe, text, display)
     scoring = open_scoring(entry, settings, policy, tokens)

@@ -23,11 +23,11 @@ from rlhf_cli.models.build import load_frozen, quantization_of
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.data_stages import SampleRecipe
+from rlhf_cli.recipe.principles import read_principles
 from rlhf_cli.recipe.settings.rollout import OF_A_SERVER
 from rlhf_cli.rollouts.experience import draw
 from rlhf_cli.rollouts.generate import mixed
 from rlhf_cli.rollouts.loading import check_rewards, open_rewards
-from rlhf_cli.rollouts.referee import read_principles
 from rlhf_cli.rollouts.rewards import Reward, Rollout
 from rlhf_cli.rollouts.sampling import Sampling
 from rlhf_cli.rollouts.vllm import served, serving

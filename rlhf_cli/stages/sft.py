@@ -16,6 +16,7 @@ from functools import partial
 from rlhf_cli.catalog import OBJECTIVES
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
+from rlhf_cli.errors import counted
 from rlhf_cli.models.base import load_text
 from rlhf_cli.models.build import lineage, load_policy
 from rlhf_cli.models.save import save_policy
@@ -35,7 +36,7 @@ def run(recipe: SFTRecipe, run: Run, display: Display, options: Options) -> None
     loader = common.make_loader(recipe, data, recipe.training.batch_size)
     common.tell_length(recipe, loader, display)
     if options.dry_run:
-        display.note(f"dry run: {len(data.train)} examples, {common.total_steps(recipe, loader)} steps")
+        display.note(f"dry run: {len(data.train)} examples, {counted(common.total_steps(recipe, loader), 'step')}")
         return
     policy = load_policy(recipe, text, display, dropout=True)
     engine = common.open_engine(recipe, run, display, loader, [(policy, recipe.training.learning_rate)])

@@ -73,14 +73,18 @@ def settle(engine: Engine) -> None:
         for learner in engine.learners.values():
             checkpointing.recompute(learner.role.base.model, layers_to_recompute(needs, wanted, free))
     if automatic:
-        fit = tokens_that_fit(*_measured(engine, role, needs), free, allowed) * sequence.size()
-        engine.budget = _resumed(engine.run) or fit
+        engine.budget = _resumed(engine.run) or _fitting(engine, role, needs, free, allowed)
         engine.budget = min(processes.gather(engine.budget, "agreeing on micro-batches"))
     checkpoint.set_random_state(*generators)
     engine.display.note(
         f"micro-batches of {engine.budget} tokens, activations of {checkpointing.recomputed(role.base.model)} of "
         f"{needs.layers} layers recomputed"
     )
+
+
+def _fitting(engine: Engine, role: Role, needs: Footprint, free: float, allowed: Tokens) -> int:
+    """Tokens that fit all who share them."""
+    return tokens_that_fit(*_measured(engine, role, needs), free, allowed) * sequence.size()
 
 
 def _measured(engine: Engine, role: Role, needs: Footprint) -> tuple[float, float]:

@@ -1,12 +1,17 @@
 """What processes hold when layers are shared out (distributed.shard: full), by their number.
 
     python scripts/bench/sharding.py            a table for docs/BENCHMARKS.md
+    python scripts/bench/sharding.py --rows     the same of processes that share a row (distributed.sequence_parallel)
 
 A random Llama of 205 million parameters, filed in bfloat16, is trained in float32 for a step on a few rows, whole, with
 an adapter, and with one on four bits, by 1, 2 and 4 processes of one machine. Each then says what it holds in main
 memory, beyond what it held before the model was loaded. Beside it stands what its parameters, its part of them and of
 the optimiser, take by count. And what all of them together hold at most while they load, beyond what they held before
 (a page that several have mapped counts once), one after the other as they do, and all at once.
+
+--rows: a random Llama of 26 million parameters, with an adapter, is trained for a step on one row of 4,096 tokens, no
+layer recomputed, by 1, 2 and 4 processes that share it. Each says how much it held at most beyond what it held before
+the model was loaded, what that step took, and what it sent.
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = (1, 2, 4)
 SIZE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16}
+LONG: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+ROW = 4096
+"""Tokens of the row that is shared."""
 LORA = {"r": 16, "alpha": 32}
 KINDS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "whole model": (None, "none"), "LoRA": (LORA, "none"), "LoRA on nf4": (LORA, "nf4")
@@ -35,7 +43,7 @@ LOOK = 0.02
 """Seconds between two looks at what processes hold while they load."""
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, size: dict[str, Any], context: int = 256) -> None:
     """Random weights and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -50,8 +58,8 @@ def make_model(folder: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokens), num_attention_heads=16, num_key_value_heads=16,
-                         max_position_embeddings=256, eos_token_id=2, bos_token_id=1, pad_token_id=0,
-                         **SIZE)  # fmt: skip
+                         max_position_embeddings=context, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+                         **size)  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -75,6 +83,16 @@ def recipe(out: Path, lora: dict[str, Any] | None, quantization: str) -> dict[st
     }
 
 
+def of_one_row(out: Path, world: int) -> dict[str, Any]:
+    """The recipe of a step on a row that so many processes share."""
+    found = recipe(out, LORA, "none")
+    found["model"]["gradient_checkpointing"] = False
+    found["data"]["max_length"] = ROW
+    found["training"] |= {"batch_size": 1, "micro_batch_tokens": ROW}
+    found["distributed"] = {"sequence_parallel": world}
+    return found
+
+
 def held(process: int | str) -> int:
     """Bytes of main memory of a process; pages that others have mapped too by their share. 0: it is gone."""
     try:
@@ -87,7 +105,7 @@ def held(process: int | str) -> int:
 def child(path: Path, *, at_once: bool) -> None:
     """One process: the real command up to its first step; then what it holds, printed."""
     from rlhf_cli.cli.app import main
-    from rlhf_cli.models import build, memory, mesh, processes, sharding
+    from rlhf_cli.models import build, memory, mesh, processes, sharding, traffic
     from rlhf_cli.train.engine import Engine
 
     load, before = build.load_base, [0, 0]
@@ -106,7 +124,9 @@ def child(path: Path, *, at_once: bool) -> None:
         tensors = [sharding.held(p) for p in learner.role.base.model.parameters()]
         tensors += [t for state in learner.optimizer.state.values() for t in state.values()]
         counted = sum(t.numel() * t.element_size() for t in tensors)
-        found = {"resident": memory.resident() - before[0], "counted": counted, "before": before[1]}
+        found = {"resident": memory.resident() - before[0], "counted": counted, "before": before[1],
+                 "most": memory.most() - before[0], "seconds": time.monotonic() - engine._clock,
+                 "sent": traffic.take().get("distributed/exchanged_bytes", 0.0)}  # fmt: skip
         print("FOUND " + json.dumps(found), flush=True)
         if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
             assert len(processes.gather(found, "measuring")) == world
@@ -121,11 +141,11 @@ def child(path: Path, *, at_once: bool) -> None:
 
 
 def measured(
-    out: Path, kind: tuple[dict[str, Any] | None, str], world: int, *, at_once: bool = False
+    out: Path, content: dict[str, Any], world: int, *, at_once: bool = False
 ) -> tuple[list[dict[str, float]], float]:
     """What each of so many processes found, and what they held together at most while they loaded."""
     path = out / "recipe.json"
-    path.write_text(json.dumps(recipe(out, *kind)), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     start = [sys.executable]
     if world > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -149,6 +169,7 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--rows", action="store_true", help="of processes that share a row")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--at-once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -157,21 +178,44 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        make_model(out / "model")
-        rows = [{"prompt": "abc", "completion": f" def {i}"} for i in range(8)]
-        (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print("| trained | processes | held by count, MiB | resident at rest, MiB (most of all) | of one process "
-              "| all while they load, MiB | the same, all at once |")  # fmt: skip
-        print("|---|---|---|---|---|---|---|")
-        for name, kind in KINDS.items():
-            alone = 0.0
-            for world in WORLDS:
-                found, most = measured(out, kind, world)
-                other = measured(out, kind, world, at_once=True)[1] if world > 1 else most
-                counted, resident = (max(one[key] for one in found) / 2**20 for key in ("counted", "resident"))
-                alone = alone or resident
-                print(f"| {name} | {world} | {counted:,.0f} | {resident:,.0f} | {resident / alone:.2f} "
-                      f"| {most / 2**20:,.0f} | {other / 2**20:,.0f} |", flush=True)  # fmt: skip
+        (tell_rows if options.rows else tell_parts)(out)
+    return None
+
+
+def tell_rows(out: Path) -> None:
+    make_model(out / "model", LONG, 2 * ROW)
+    text = "".join(chr(97 + (7 * i + i // 26) % 26) for i in range(ROW - 64))
+    (out / "rows.jsonl").write_text(json.dumps({"prompt": "abc", "completion": text}) + "\n", encoding="utf-8")
+    print(
+        "| processes that share a row | most held, MiB (of the largest) | of one process | sent, MiB | s of the step |"
+    )
+    print("|---|---|---|---|---|")
+    alone = 0.0
+    for world in WORLDS:
+        found, _ = measured(out, of_one_row(out, world), world)
+        most, sent, seconds = (max(one[key] for one in found) for key in ("most", "sent", "seconds"))
+        alone = alone or most
+        print(
+            f"| {world} | {most / 2**20:,.0f} | {most / alone:.2f} | {sent / 2**20:,.0f} | {seconds:.0f} |", flush=True
+        )
+
+
+def tell_parts(out: Path) -> None:
+    make_model(out / "model", SIZE)
+    rows = [{"prompt": "abc", "completion": f" def {i}"} for i in range(8)]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print("| trained | processes | held by count, MiB | resident at rest, MiB (most of all) | of one process "
+          "| all while they load, MiB | the same, all at once |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for name, kind in KINDS.items():
+        alone, content = 0.0, recipe(out, *kind)
+        for world in WORLDS:
+            found, most = measured(out, content, world)
+            other = measured(out, content, world, at_once=True)[1] if world > 1 else most
+            counted, resident = (max(one[key] for one in found) / 2**20 for key in ("counted", "resident"))
+            alone = alone or resident
+            print(f"| {name} | {world} | {counted:,.0f} | {resident:,.0f} | {resident / alone:.2f} "
+                  f"| {most / 2**20:,.0f} | {other / 2**20:,.0f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -144,9 +144,11 @@ def test_duels_count_prompts_not_matches() -> None:
     assert duel.verdict(st.Interval(0.1, 0.4)) == "worse"
     assert duel.verdict(st.Interval(0.4, 0.6)) == "no difference seen"
     asked = duel.asked([
-        {"probability": 0.6, "first": 0.9, "second": 0.3},
+        {"probability": 0.6, "first": 0.9, "second": 0.3, "mass": 0.25},
         {"probability": 0.5, "first": None, "second": None},
     ])  # fmt: skip
     assert asked["mean_probability"] == pytest.approx(0.55)
+    assert asked["label_probability"] == 0.25
+    assert duel.asked([{"probability": 0.6, "first": 0.9, "second": 0.3}])["label_probability"] is None, "not known"
     assert asked["first_place"] == pytest.approx((0.9 + 0.7) / 2)
     assert (asked["position_bias"], asked["flips"]) == (pytest.approx(0.3), 1.0)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import RlhfError
 from rlhf_cli.models import mesh, processes, quantised, sharding
 from rlhf_cli.models.base import Base, load_base
 from rlhf_cli.recipe.settings.model import ModelSettings
@@ -54,7 +54,7 @@ def refused(folder: str, kind: str) -> list[Any]:
     """The exit code and the words."""
     try:
         load(folder, kind, "float32", "full")
-    except ModelError as error:
+    except RlhfError as error:
         return [error.exit_code, str(error)]
     return [0, "accepted"]
 

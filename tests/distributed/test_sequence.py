@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests import several
+from tests.conftest import run_cli
 from tests.distributed.test_sharding import RUNS, alone, rows_of, same_numbers, same_tensors
 from tests.stages import world as w
 
@@ -19,22 +19,11 @@ SMALL = {"learning_rate": 1e-3, "batch_size": 5, "max_steps": 4, "micro_batch_to
 SHARED = {"distributed": {"sequence_parallel": 2, "timeout": 60}}
 SHARDED = {"distributed": {"sequence_parallel": 2, "shard": "full", "timeout": 60}}
 HALF = {"model": {"dtype": "bfloat16"}}
+NF4 = {"model": {"quantization": "nf4"}}
+QUIET: dict[str, Any] = {"data": {"eval": None}, "evaluation": {"every": None, "samples": 0}}
+"""Nothing but training, of runs whose bytes are counted."""
+COUNTED = ("sft-full", "dpo-lora", "rm")
 CHOSEN = ("sft-full", "dpo-lora", "kto", "rm", "ppo-trunk")
-
-
-def test_every_way_of_reading_a_row(tmp_path: Path) -> None:
-    """Log-probabilities with each statistic, values, scores: by two and by four processes, values and gradients."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    line += ["-m", "tests.distributed.sequences"]
-    done = subprocess.run(line, cwd=several.ROOT, capture_output=True, text=True, timeout=240, check=False)
-    (found,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
-    told = json.loads(found.removeprefix("FOUND "))
-    assert "3 processes are to share each sequence, and there are 4 processes" in told["refused"]
-    for size in ("2", "4"):
-        assert told[f"by {size}"]
-        for name, gaps in told[f"by {size}"].items():
-            assert max(gaps.values()) < 1e-5, (size, name, gaps)
-        assert told[f"traffic {size}"]["told"] == told[f"traffic {size}"]["formula"]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +37,27 @@ def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         made = w.recipe(stage, tiny_model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=SMALL)
         if stage == "ppo":
             made["rewards"] = [{"run": str(out / "rm-one")}]
-        return w.merged(made, own, more)
+        return w.merged(made, own, QUIET if run in COUNTED else {}, more)
 
     return recipe
 
 
 @pytest.fixture(scope="module")
 def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs in one process and in two that share each row; one that changes over each way; with layers in parts; in half
-    precision."""
+    """Runs in one process and in two that share each row; one that changes over each way; with layers in parts, plain
+    and in 4 bits; in half precision."""
     for run in ("rm", *(name for name in CHOSEN if name != "rm")):
         outcome = alone(make(run, "one"))
         assert outcome.code == 0, outcome.err
     assert alone(make("dpo-lora", "half", **HALF)).code == 0
+    assert alone(make("dpo-lora", "nf4", **NF4)).code == 0
     assert alone(make("sft-full", "onetwo"), "--max-steps", 2).code == 0
     work = [
         *((make(run, "two", **SHARED), []) for run in CHOSEN),
         (make("sft-full", "parts", **SHARDED), []),
+        (make("dpo-lora", "nf4parts", **SHARDED, **NF4), []),
         (make("dpo-lora", "halftwo", **SHARED, **HALF), []),
+        (make("sft-full", "halftwo", **SHARED, **HALF), []),
         (make("sft-full", "onetwo", **SHARED), []),
         (make("sft-full", "twoone", **SHARED), ["--max-steps", "2"]),
     ]
@@ -85,9 +77,38 @@ def test_two_processes_that_share_each_row_equal_one(runs: Path, run: str) -> No
     assert all(row["distributed/exchanged_bytes"] > 0 for row in w.metrics(two) if row["step"])
 
 
-def test_with_layers_held_in_parts(runs: Path) -> None:
-    same_numbers(runs / "sft-full-one", runs / "sft-full-parts")
-    same_tensors(runs / "sft-full-one" / "final", runs / "sft-full-parts" / "final")
+@pytest.mark.parametrize(
+    ("run", "where", "more", "share"),
+    [("sft-full", "two", {}, 1), ("sft-full", "halftwo", HALF, 1), ("rm", "two", {}, 1), ("dpo-lora", "two", {}, 1.5)],
+)
+def test_what_is_exchanged_is_the_formula(
+    make: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path, run: str, where: str, more: Any, share: float
+) -> None:
+    """Forward and backward, layers that are recomputed once more; of dpo the reference's forward too, in which one
+    number is read of a token, as in the policy's."""
+    path = w.save(make(run, where, **SHARED, **more), tmp_path / "r.yaml")
+    told = json.loads(run_cli("plan", path, "--no-time", "--json", "--world-size", 2).out)["communication"]
+    rows = [row["distributed/exchanged_bytes"] for row in w.metrics(runs / f"{run}-{where}") if row["step"]]
+    terms, read = told["rows"], told["rows"]["read"]
+    assert terms["again"] == (run == "sft-full")
+    expected = share * (told["exchanged"] - read) + math.ceil(share) * read
+    assert sum(rows) / len(rows) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_plan_says_what_the_run_would_refuse(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    path = w.save(make("sft-lora", "planned", distributed={"sequence_parallel": 3}), tmp_path / "r.yaml")
+    for world, code, words in ((2, 2, "and 2 is no multiple of that (give one, for instance --world-size 3)"),
+                               (3, 4, "3 processes cannot share 4 attention heads evenly")):  # fmt: skip
+        outcome = run_cli("plan", path, "--no-time", "--world-size", world)
+        assert outcome.code == code
+        (line,) = outcome.errors
+        assert words in line
+
+
+@pytest.mark.parametrize(("one", "parts"), [("sft-full-one", "sft-full-parts"), ("dpo-lora-nf4", "dpo-lora-nf4parts")])
+def test_with_layers_held_in_parts(runs: Path, one: str, parts: str) -> None:
+    same_numbers(runs / one, runs / parts)
+    same_tensors(runs / one / "final", runs / parts / "final")
 
 
 @pytest.mark.parametrize("change", ["onetwo", "twoone"])

@@ -72,10 +72,13 @@ def alone(content: dict[str, Any], *options: object) -> Outcome:
 
 
 def in_two(
-    recipes: list[tuple[dict[str, Any], list[str]]], folder: Path, wrong: dict[str, Any] | None = None
-) -> list[str]:
-    """In two processes, one run after the other, and a wrong one; its errors. Fails with what they said."""
-    lines: list[list[object]] = []
+    recipes: list[tuple[dict[str, Any], list[str]]],
+    folder: Path,
+    wrong: dict[str, Any] | None = None,
+    before: list[list[object]] | None = None,
+) -> str:
+    """In two processes, other lines before, one run after the other, and a wrong one. What they said; fails with it."""
+    lines = before or []
     for content, options in recipes:
         path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
         lines.append([content["stage"], str(path), *options])
@@ -84,7 +87,7 @@ def in_two(
         lines.append([wrong["stage"], str(w.save(wrong, Path(wrong["output_dir"]).with_suffix(".yaml")))])
     codes, said = several.launch(folder, lines, 2)
     assert codes == [0] * good + [2] * (len(lines) - good), said[-3000:]
-    return [line for line in said.splitlines() if line.startswith("error: ")]
+    return said
 
 
 @pytest.fixture(scope="module")

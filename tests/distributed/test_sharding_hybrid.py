@@ -1,5 +1,5 @@
-"""distributed.shard: hybrid, on two machines of two processes: the numbers, files and checkpoints of one process; what
-is sent; where it is refused."""
+"""Four processes on two machines. distributed.shard: hybrid: the numbers, files and checkpoints of one process; what is
+sent; where it is refused. Rows whose tokens two or all four of them share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.distributed.test_sharding import alone, same_numbers, same_tensors
 from tests.stages import world as w
 
 HYBRID = {"distributed": {"shard": "hybrid", "timeout": 60}}
+SHARED = {"distributed": {"shard": "hybrid", "sequence_parallel": 2, "timeout": 60}}
 FULL: dict[str, Any] = {"lora": None}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft-full": (
@@ -54,16 +55,20 @@ def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
         assert outcome.code == 0, outcome.err
     first = alone(make("sft-full", "onefour"), "--max-steps", 2)
     assert first.code == 0, first.err
-    lines = [line(make(run, "four", **HYBRID)) for run in RUNS]
+    lines: list[list[object]] = [["-m", "tests.distributed.sequences"]]
+    lines += [line(make(run, "four", **HYBRID)) for run in RUNS]
     lines += [
         line(make("sft-full", "onefour", **HYBRID)),
+        line(make("sft-full", "rows", **SHARED)),
         line(make("sft-full", "fourone", **HYBRID), "--max-steps", 2),
     ]
     codes, said = machines.launch(tmp_path_factory.mktemp("lines"), lines, (2, 2))
     assert codes == [0] * len(lines), said[-3000:]
     last = alone(make("sft-full", "fourone"))
     assert last.code == 0, last.err
-    return Path(make("sft-full", "one")["output_dir"]).parent
+    out = Path(make("sft-full", "one")["output_dir"]).parent
+    (out / "sequences.json").write_text(said.partition("FOUND ")[2].partition("\n")[0])
+    return out
 
 
 @pytest.mark.slow
@@ -73,6 +78,13 @@ def test_two_machines_equal_one_process(runs: Path, run: str) -> None:
     same_numbers(one, four)
     same_tensors(one / "final", four / "final")
     assert "each of 4 processes (2 of a machine share its layers out) holds" in (four / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_processes_of_a_machine_share_rows_too(runs: Path) -> None:
+    same_numbers(runs / "sft-full-one", runs / "sft-full-rows")
+    same_tensors(runs / "sft-full-one" / "final", runs / "sft-full-rows" / "final")
+    assert all(row["distributed/exchanged_bytes"] > 0 for row in w.metrics(runs / "sft-full-rows") if row["step"])
 
 
 @pytest.mark.slow
@@ -93,6 +105,18 @@ def test_what_is_sent_is_the_formula(make: Callable[..., dict[str, Any]], runs: 
                       ("gradient", "handed")):  # fmt: skip
         assert sum(row[f"distributed/{name}_bytes"] for row in rows) == pytest.approx(len(rows) * told[key], rel=1e-9)
         assert told[key] > 0
+
+
+@pytest.mark.slow
+def test_every_way_of_reading_a_row_that_is_shared(runs: Path) -> None:
+    """Log-probabilities with each statistic, values, scores: by two and by four processes, values and gradients."""
+    told = json.loads((runs / "sequences.json").read_text())
+    assert "3 processes are to share each sequence, and there are 4 processes" in told["refused"]
+    for size in ("2", "4"):
+        assert told[f"by {size}"]
+        for name, gaps in told[f"by {size}"].items():
+            assert max(gaps.values()) < 1e-5, (size, name, gaps)
+        assert told[f"traffic {size}"]["told"] == told[f"traffic {size}"]["formula"]
 
 
 def agreed(*sizes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,17 @@ def test_no_square_mask() -> None:
     assert {tuple(m.shape) for m in masks} == {(3, 13), (4, 14)}
     assert bool(masks[0][:, :10].all())
     assert masks[0][:, 10:].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_an_only_completion_continues_its_prompt_without_a_mask() -> None:
+    """As one causal segment; with a second completion, also of another sample of that prompt, both have masks."""
+    one, two = (make_sample(np.random.default_rng(i), 10, 3) for i in range(2))
+    segments = plan(collate([one, two], packed=True))
+    assert (segments.lengths, segments.parent) == ((13, 13), (None, None))
+    assert all(mask is None for mask in segments.mask)
+    segments = plan(collate([one, two, replace(two, completions=(one.completions[0],))], packed=True))
+    assert (segments.lengths, segments.parent) == ((13, 10, 3, 3), (None, None, 1, 1))
+    assert sum(mask is not None for mask in segments.mask) == 2
 
 
 def test_a_packed_batch_needs_a_base_that_takes_it() -> None:

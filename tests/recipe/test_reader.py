@@ -307,7 +307,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_recipe(path, [], "dpo")
         return str(caught.value).replace(str(tmp_path), "t")
 
-    assert said(f"{tmp_path}/dop.yaml") == "t/dop.yaml: no such recipe (did you mean 'dpo.yaml'?)"
+    assert said(f"{tmp_path}/dop.yaml") == "t/dop.yaml: no such recipe (did you mean 't/dpo.yaml'?)"
+    assert said(f"{tmp_path}/nope.yaml") == "t/nope.yaml: no such recipe (recipes in that folder: dpo.yaml)"
     assert said(f"{tmp_path}/zz/x") == "t/zz/x: no such recipe (the folder t/zz does not exist)"
     assert said(f"{tmp_path}/run") == "t/run: this is a folder, not a recipe (did you mean t/run/recipe.yaml?)"
     assert "cannot be read" in said("a\0b")

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.report import overlay, plots
+from rlhf_cli.report import compare, overlay, plots
 from rlhf_cli.report.axes import STEPS
 from rlhf_cli.report.page import shown, write_report
 from rlhf_cli.report.plots import Curve, curves, grouped, moving, svg
@@ -129,6 +129,19 @@ def test_duration(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [])
     assert "1 h 01 min" in write_report(folder, 3661).read_text()
     assert "2 min 05 s" in write_report(folder, 125.4).read_text()
+
+
+def test_a_likelihood_that_is_the_loss_is_drawn_once(tmp_path: Path) -> None:
+    rows = [{"step": i, "loss": 2.0 / i, "nll": 2.0 / i + 1e-9, "entropy": 1.0} for i in (1, 2, 3)]
+    other = [row | {"nll": row["nll"] + 0.1} for row in rows]
+    a, b = make_run(tmp_path / "a", rows), make_run(tmp_path / "b", other)
+    c = make_run(tmp_path / "c", rows[:2])
+    drawn = [re.search("<h3>nll</h3>", write_report(run).read_text()) is not None for run in (a, b)]
+    assert drawn == [False, True]
+    for runs, shown_ in (([a, c], False), ([a, b], True)):
+        compare.write([str(run) for run in runs], str(tmp_path / "page.html"))
+        page = (tmp_path / "page.html").read_text()
+        assert ("<h3>nll" in page, "<h3>loss" in page) == (shown_, True), "an other run may be compared with it"
 
 
 def test_subjects() -> None:

@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from rlhf_cli.catalog import REWARDS
 from rlhf_cli.catalog.explain import docstring, parse, settings_of
 from rlhf_cli.data.examples import Task
+from rlhf_cli.data.right_numbers import answer, numbers
 from rlhf_cli.data.tokens import Completion, Sample
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.recipe.settings.rewards import RewardSettings
 from rlhf_cli.rollouts.rewards import Rollout, total
-from rlhf_cli.rollouts.rules import RuleReward, answer, load_rule, numbers
+from rlhf_cli.rollouts.rules import RuleReward, load_rule
 from tests.models.worlds import refused
 
 every_rule = pytest.mark.parametrize("name", REWARDS)
@@ -43,7 +44,7 @@ def rollout(*texts: str, facts: Any = None, lengths: list[int] | None = None, fi
 
 def rule(name: str, tasks: Any = (), timeout: float = 5.0, **settings: Any) -> RuleReward:
     """A rule as a recipe would have it."""
-    return load_rule(RewardSettings(rule={"name": name, **settings}, timeout=timeout), tasks)
+    return load_rule(RewardSettings(rule={"name": name, **settings}, timeout=timeout), tasks, "rewards.2")
 
 
 def scores(found: Rollout, name: str, **settings: Any) -> list[float]:
@@ -80,7 +81,7 @@ def test_settings_are_the_parameters(name: str) -> None:
 @every_rule
 def test_one_reward_among_others(name: str) -> None:
     found = rollout("so 4", "great 5", facts=[{"answer": 4}, {"answer": 4}])
-    reward = load_rule(RewardSettings(rule={"name": name}, weight=2.0, normalize="running"), found.tasks)
+    reward = load_rule(RewardSettings(rule={"name": name}, weight=2.0, normalize="running"), found.tasks, "rewards.0")
     assert (reward.name, reward.weight, reward.role) == (name, 2.0, "reward")
     assert reward.state is not None
     totals = total([reward], found, None, learn=True)  # type: ignore[arg-type]
@@ -216,7 +217,7 @@ def test_numeric_answer() -> None:
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"solution": 4}, ["no column 'answer'", "solution", "t.jsonl:1", "rewards.rule.column"]),
+        ({"solution": 4}, ["no column 'answer'", "solution", "t.jsonl:1", "rewards.2.rule.column"]),
         ({}, ["columns besides the prompt: none"]),
         ({"answer": "none"}, ["no number in column 'answer': none"]),
         ({"answer": True}, ["no number"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -165,6 +166,15 @@ def test_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_recipe(tmp_path)
     monkeypatch.setattr(files, "_refused", lambda place: "Read-only file system")
     assert "cannot write into" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "hint"), [(errno.ENOSPC, "free some space, then run it again"),
+                                            (errno.EDQUOT, "free some space, then run it again"),
+                                            (errno.EACCES, "run it again")])  # fmt: skip
+def test_a_disk_that_refuses(code: int, hint: str) -> None:
+    error = OSError(code, "why", "runs/a/.final.tmp-12/.x.json.tmp-3")
+    said = files.disk_error(error, "cannot be written", Path("y"), f"{files.FREE}, then run it again")
+    assert [str(problem) for problem in said.problems] == [f"runs/a/final/x.json: cannot be written: why ({hint})"]
 
 
 def test_damaged_run_json(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli import cli
 from tests.conftest import run_cli
 from tests.stages import world as w
 from tests.stages.conftest import quick
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 DATA, MODEL = SHARED / "data", SHARED / "models" / "stories260K"
+TEMPLATE = str(Path(cli.__file__).parent / "starter" / "chat.jinja")
+"""The model has none of its own."""
 pytestmark = pytest.mark.skipif(
     not (DATA.is_dir() and MODEL.is_dir()), reason="no real data or model beside the project"
 )
@@ -51,8 +54,9 @@ def test_a_real_file_is_read_in_its_format(
     tmp_path: Path, name: str, stage: str, objective: str | None, columns: dict[str, str], format_: str, kept: str
 ) -> None:
     content: dict[str, Any] = {
-        "stage": stage, "model": str(MODEL), "training": {"learning_rate": 1e-4}, "output_dir": str(tmp_path / "run"),
-        "data": {"train": {"path": str(DATA / name), "columns": columns}, "on_bad_row": "drop"},
+        "stage": stage, "model": {"name_or_path": str(MODEL), "chat_template": TEMPLATE},
+        "training": {"learning_rate": 1e-4}, "output_dir": str(tmp_path / "run"),
+        "data": {"train": {"path": str(DATA / name), "columns": columns}, "on_bad_row": "drop", "max_length": 512},
     }  # fmt: skip
     if objective:
         content["objective"] = {"name": objective}

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rlhf_cli.models.roles import Role
+from rlhf_cli.report.evaluation import lines_of
 from rlhf_cli.stages import evaluated, matches, product
 from tests.conftest import Outcome
 from tests.stages import world as w
@@ -203,6 +204,7 @@ def test_a_judge_decides_and_a_killed_evaluation_ends_the_same(
     assert 0 < one["mean_probability"] < 1
     assert one["position_bias"] == pytest.approx(one["first_place"] - 0.5)
     assert "position bias" in outcome.err
+    assert 0 < one["label_probability"] < 1
     whole = w.contents(tmp_path / "run")
     for killed in (2, 8):
         shutil.rmtree(tmp_path / "run")
@@ -210,6 +212,39 @@ def test_a_judge_decides_and_a_killed_evaluation_ends_the_same(
         assert f"going on after step {killed} of 9" in go(content, "--against", base).err
         now = w.contents(tmp_path / "run")
         assert all(now[name] == whole[name] for name in ("eval.json", "data.jsonl"))
+
+
+def test_a_judge_that_does_not_know_its_labels_is_told_of(
+    base: Path, sft_lora: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the terminal and on the page; and a run that an older version began goes on."""
+    judge = {"model": {"name_or_path": str(base), **MODEL}, "question": QUESTION, "labels": ["Q", "Z"]}
+    content = speaking(sft_lora, world, tmp_path / "run", judge=judge, data={"max_length": 40}, against=[str(base)])
+    append = product.Lines.append
+
+    def older(self: Any, record: dict[str, Any]) -> None:
+        record = record | {"more": [{k: v for k, v in row.items() if k != "mass"} for row in record["more"]]}
+        append(self, record)
+        if record["more"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(matches, "AT_ONCE", 10)
+    with monkeypatch.context() as patched:
+        patched.setattr(product.Lines, "append", older)
+        go(content, code=130)
+    outcome = go(content, page=True)
+    assert "going on after step" in outcome.err
+    (one,) = told(tmp_path / "run")["against"]
+    assert one["label_probability"] < 0.1
+    mass = f"{one['label_probability']:.3g}"
+    words = f"{sft_lora} against {base}: the judge says one of its labels with probability {mass}"
+    deaf = f"{words}: it does not know what it is asked, and its scores are noise; look at judge.labels, "
+    assert f"warning: {deaf}" in outcome.err
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f'<p class="wild">{deaf}' in page
+    (line,) = [line for line in lines_of(told(tmp_path / "run")) if line.startswith("winner changes with the order")]
+    assert line.endswith(f" {100 * one['flips']:.0f} % of the matches")
+    assert "winner changes with the order" in page
 
 
 # --- wrong input -----------------------------------------------------------------------------------------

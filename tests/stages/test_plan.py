@@ -207,6 +207,14 @@ def test_without_weights_the_plan_is_the_same(toy: Toy, base: Path, tmp_path: Pa
     assert run_cli("sft", tmp_path / "r.yaml").code == 4, "a run does need them"
 
 
+@pytest.mark.parametrize("change", [{"kernels": "compiled"}, {"attn_implementation": "flex_attention"}])
+def test_what_is_compiled_for_a_card_is_planned_without_one(toy: Toy, tmp_path: Path, change: dict[str, str]) -> None:
+    content = toy("sft", "chat")
+    plain = planned(content, tmp_path / "r.yaml")
+    found = planned(w.merged(content, {"model": change}), tmp_path / "r.yaml")
+    assert found["memory"]["peak"] == pytest.approx(plain["memory"]["peak"], rel=0.02)
+
+
 # --- a card ----------------------------------------------------------------------------------------------------------
 
 

@@ -106,10 +106,11 @@ def test_a_process_that_dies_is_replaced_and_nothing_is_lost(
     recipes: dict[str, dict[str, Any]], ones: dict[str, Path], tmp_path: Path
 ) -> None:
     often = w.merged(recipes["sft"], {"checkpoint": {"every": 1}, "lora": w.LORA | {"dropout": 0.3}})
-    codes, said = several.launch(tmp_path, [line(often, tmp_path / "whole")], 3)
-    assert codes == [0], said
-    codes, said = several.launch(tmp_path, [line(often, tmp_path / "killed")], 3, {"process": 1, "step": 2})
-    assert codes == [0], said
+    lines = [line(often, tmp_path / name) for name in ("killed", "whole")]  # the second, once all have started anew
+    codes, said = several.launch(tmp_path, lines, 3, {"process": 1, "step": 2})
+    assert codes == [0, 0], said
+    assert "resumed from" in (tmp_path / "killed" / "run.log").read_text()
+    assert "resumed from" not in (tmp_path / "whole" / "run.log").read_text()
     assert "process 1 (last seen: " in said
     assert "is gone" in said
     whole, killed = (w.contents(tmp_path / name / "final") for name in ("whole", "killed"))

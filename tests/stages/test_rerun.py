@@ -95,7 +95,10 @@ def test_quiet_shows_warnings_only(toy: Toy, world: Path, tmp_path: Path) -> Non
 def test_more_steps_go_on_and_fewer_are_up_to_date(toy: Toy) -> None:
     content = toy("dpo", "pairs", "run", **SHORT, objective={"name": "dpo"})
     run = train(content)
-    assert quick("dpo", run.with_suffix(".yaml"), "--max-steps", 1).err.endswith("up to date\n")
+    words = "up to date: it has 2 steps, and training.max_steps asks for 1"
+    fewer = quick("dpo", run.with_suffix(".yaml"), "--max-steps", 1)
+    assert (fewer.code, fewer.err) == (0, f"{run}: {words}\n")
+    assert quick("check", run.with_suffix(".yaml"), "--set", "training.max_steps=1").err.rstrip().endswith(f"; {words}")
     train(content, "--max-steps", 4)
     whole = train(toy("dpo", "pairs", "whole", **w.merged(SHORT, {"training": {"max_steps": 4}}),
                       objective={"name": "dpo"}))  # fmt: skip

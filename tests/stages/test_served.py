@@ -234,6 +234,10 @@ def test_judges_of_servers_that_cannot_be(
     rows = [{"prompt": "tell", "completions": ["good", "bad"]}]
     content = {"stage": "score", "data": {"completions": str(w.write_rows(tmp_path / "c.jsonl", rows))},
                "judge": asked, "output_dir": str(tmp_path / "x")}  # fmt: skip
+    if "RLHF_NO_SUCH_KEY" in words:
+        (tmp_path / "c.jsonl").write_text("no row")
+        checked = run_cli("check", w.save(content, tmp_path / "x.yaml"))
+        assert (checked.code, sum(words in line for line in checked.errors)) == (3, 1), "beside the bad rows"
     outcome = run_cli("score", w.save(content, tmp_path / "x.yaml"))
     assert outcome.code == code, outcome.err
     (line,) = outcome.errors
@@ -273,3 +277,25 @@ def test_recipes_that_cannot_be(
     assert (outcome.code, len(outcome.errors)) == (2, 1), outcome.err
     assert words in outcome.errors[0]
     assert "r.yaml:" in outcome.errors[0]
+
+
+def test_keys_that_are_missing_are_found_before_data_is_read(base: Path, sft_lora: Path, tmp_path: Path) -> None:
+    """All of them at once, by the command and by check; a finished run needs none."""
+    (tmp_path / "p.jsonl").write_text("no row")
+    server = {"engine": "vllm", "server": "http://127.0.0.1:9"}
+    judge = {"model": str(base), "question": "{a} or {b}?", **server, "api_key_env": "RLHF_NO_JUDGE"}
+    content = {
+        "stage": "eval", "model": str(base), "against": [str(sft_lora)], "data": {"prompts": str(tmp_path / "p.jsonl")},
+        "rollout": {**server, "api_key_env": "RLHF_NO_ROLLOUT"}, "judge": judge, "output_dir": str(tmp_path / "x"),
+    }  # fmt: skip
+    path = w.save(content, tmp_path / "r.yaml")
+    keys = [
+        f"{block}.api_key_env: the environment variable {name} is not set (export {name}=...)"
+        for block, name in (("rollout", "RLHF_NO_ROLLOUT"), ("judge", "RLHF_NO_JUDGE"))
+    ]
+    outcome = run_cli("eval", path)
+    assert (outcome.code, outcome.errors) == (2, [f"error: {key}" for key in keys])
+    checked = run_cli("check", path)
+    assert [line for line in checked.errors if "api_key_env" in line] == [f"error: {path}: {key}" for key in keys]
+    assert (checked.code, any("p.jsonl:1" in line for line in checked.errors)) == (3, True), "beside the bad row"
+    assert not (tmp_path / "x").exists()

@@ -101,7 +101,7 @@ def test_what_cannot_be_merged_is_named(base: Path, sft_lora: Path, tmp_path: Pa
         ((sft_lora, "-o", tmp_path / "m", "--dtype", "int8"), 2, "'int8' is not one of auto"),
         ((sft_lora, "-o", tmp_path / "m", "--weights", "new"), 2, "'new' is not one of original, trained"),
         ((tmp_path / "none", "-o", tmp_path / "m"), 4, "no such folder"),
-        ((sft_lora, "-o", tmp_path / "full" / "mine" / "m"), 4, "cannot be written"),
+        ((sft_lora, "-o", tmp_path / "full" / "mine" / "m"), 2, "mine is not a folder (choose another folder)"),
     ):
         outcome = quick("merge", *arguments)
         assert (outcome.code, len(outcome.errors)) == (code, 1), outcome.err

@@ -161,7 +161,7 @@ def test_a_single_process_says_that_it_has_nothing_to_share_out(base: Path, worl
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_rows_of_one(
+def test_two_processes_make_the_rows_of_one_and_a_killed_one_costs_nothing(
     ones: tuple[Path, dict[str, dict[str, Any]]], base: Path, tmp_path: Path
 ) -> None:
     folder, made = ones
@@ -178,8 +178,16 @@ def test_two_processes_make_the_rows_of_one(
     lines.append(["score", saved(w.merged(made["judged"], server), tmp_path / "served"), "--quiet"])
     lines.append(["eval", saved(made["spoken"], tmp_path / "spoken"), "--json"])
     lines.append(["sample", begun(made["revised"], tmp_path / "half"), "--quiet"])
-    codes, said = several.launch(tmp_path, lines, 2, values=SMALL)
+    # the first is killed; all others come once the processes have started anew
+    lines.insert(0, ["eval", saved(made["spoken"], tmp_path / "killed"), "--quiet"])
+    codes, said = several.launch(tmp_path, lines, 2, {"process": 1, "piece": 5}, SMALL)
     assert codes == [0] * len(lines), said[-3000:]
+    errors = [text for text in said.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert "process 1 (last seen: ending piece 5) is gone" in errors[0]
+    assert "goes on after the last whole piece" in errors[0]
+    assert_same(folder / "spoken", tmp_path / "killed")
+    assert len(json.loads((tmp_path / "killed" / "run.json").read_text())["resumed"]) == 1
     for name in made:
         assert_same(folder / name, tmp_path / name)
     for name in sharded:
@@ -194,17 +202,3 @@ def test_two_processes_make_the_rows_of_one(
     assert said.count("up to date") == 1
     asked = sorted(line for line in log.read_text().split() if line != "2")
     assert asked == sorted(calls * 2)  # a function is called by one process, as often and with as much as by one alone
-
-
-@pytest.mark.slow
-def test_a_killed_process_costs_nothing(ones: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path) -> None:
-    folder, made = ones
-    line: list[object] = ["eval", saved(made["spoken"], tmp_path / "killed"), "--quiet"]
-    codes, said = several.launch(tmp_path, [line], 2, {"process": 1, "piece": 5}, SMALL)
-    assert codes == [0], said[-3000:]
-    errors = [text for text in said.splitlines() if text.startswith("error: ")]
-    assert len(errors) == 1, errors
-    assert "process 1 (last seen: ending piece 5) is gone" in errors[0]
-    assert "goes on after the last whole piece" in errors[0]
-    assert_same(folder / "spoken", tmp_path / "killed")
-    assert len(json.loads((tmp_path / "killed" / "run.json").read_text())["resumed"]) == 1
