@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from rlhf_cli.cli import init
+from rlhf_cli.cli import init, plan
+from rlhf_cli.errors import counted
 from rlhf_cli.runs import files
 from tests.conftest import Outcome
 
@@ -158,6 +160,7 @@ def test_a_place_where_nothing_can_be_written(cli: CLI, bare: Path, monkeypatch:
 
 
 def test_two_makers_and_a_circle_are_refused(cli: CLI, chain: list[str]) -> None:
+    Path("select.yaml").write_text(Path("select.yaml").read_text().replace("model: x\n", ""))
     twice = write("twice", "sft", "bare", {"train": "text.jsonl", "max_length": 64}, output_dir="runs/./sft")
     outcome = cli("check", chain[0], twice)
     assert (outcome.code, outcome.err.splitlines()) == (
@@ -165,16 +168,13 @@ def test_two_makers_and_a_circle_are_refused(cli: CLI, chain: list[str]) -> None
         ["error: twice.yaml: sft.yaml makes it too: output_dir runs/./sft (give each an output_dir of its own)"],
     )
     assert cli("check", chain[0], f"./{chain[0]}").code == 0  # one recipe by two names
-    back = write("sft", "sft", "runs/dpo", {"train": "text.jsonl", "max_length": 64})
-    outcome = cli("check", *chain[1:3], back)
+    back = write("sft", "sft", "runs/sample", {"train": "text.jsonl", "max_length": 64})
+    outcome = cli("check", *chain[1:], back)
+    circle = "dpo.yaml, which reads the run of sft.yaml, which reads the run of sample.yaml, which reads the run of dpo"
     assert (outcome.code, outcome.errors) == (
-        2,
-        [
-            "error: a circle of recipes: sft.yaml, which reads the run of dpo.yaml, which reads the run of sft.yaml (let "
-            "one of them start from something else)"
-        ],
-    )
-    assert [line.partition(":")[0] for line in outcome.err.splitlines()] == ["sample.yaml", "error"]
+        2, [f"error: a circle of recipes: {circle}.yaml (let one of them start from something else)"],
+    )  # fmt: skip
+    assert outcome.err.splitlines()[0].startswith("select.yaml: fit for rlhf select; runs/sample is made by sample")
 
 
 def test_a_run_that_is_not_there_is_named_with_its_recipe(cli: CLI, chain: list[str]) -> None:
@@ -246,3 +246,18 @@ def test_pairs_are_no_demonstrations(cli: CLI, bare: Path) -> None:
     Path("pairs.jsonl").write_text(json.dumps({"conversations": [asked]}) + "\n")
     outcome = cli("check", sft)
     assert outcome.errors[-1] == f"error: {sft}: 1 bad row in all (correct them: the data hold no others)"
+
+
+def test_numbers_are_said_as_people_say_them() -> None:
+    assert [counted(number, "step") for number in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]
+    estimate, target = SimpleNamespace(peak=2**30), SimpleNamespace(kind="cpu", world=3, room=2**31)
+    found: Any = SimpleNamespace(estimate=estimate, target=target)
+    assert plan._fit(found, [], None) == ["fits: 1.00 of 2.00 GiB of 1/3 of this machine's free memory, 1.00 to spare"]
+
+
+def test_a_list_that_is_too_long(cli: CLI, bare: Path) -> None:
+    recipe = write("e", "eval", "bare", {"prompts": "p.jsonl", "max_length": 64}, rollout={"max_new_tokens": 8},
+                   against="nope/x", judge={"model": "nope/x", "labels": ["A", "B", "C"]})  # fmt: skip
+    outcome = cli("check", recipe)
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "judge.labels: the list has 3 entries (give 2 at most)" in outcome.err

@@ -47,7 +47,7 @@ def refused(recipes: Mapping[str, Work]) -> tuple[list[RecipeError], set[str]]:
             wrong |= {other, path}
     makers = makers_of(recipes)
     needs = {
-        path: {makers.get(os.path.normpath(name), path) for name in runs_named(recipe)} - {path}
+        path: sorted({makers.get(os.path.normpath(name), path) for name in runs_named(recipe)} - {path})
         for path, recipe in recipes.items()
     }
     try:

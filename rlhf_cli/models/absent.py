@@ -48,7 +48,8 @@ def telling(group: Group, doing: str) -> Iterator[None]:
         group.store.set(f"at/{group.place.rank}", json.dumps([group.told, doing]))
         yield
     except RuntimeError as error:
-        raise _lost(group, _late(group), doing) from error
+        late = _late(group)
+        raise (_lost(group, late, doing) if late else silent(group, doing)) from error
 
 
 def silent(group: Group, doing: str) -> Lost:
