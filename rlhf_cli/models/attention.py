@@ -46,8 +46,8 @@ class Segments:
 
 
 def plan(batch: Batch, *, one_kernel: bool = False) -> Segments | flex.Blocks:
-    """The segments of a packed batch, in the order of the row; an only child right behind its parent continues it, which
-    is the same and needs no mask."""
+    """The segments of a packed batch, in the order of the row; an only child right behind its parent continues it,
+    which is the same and needs no mask."""
     lengths: list[int] = []
     parent: list[int | None] = []
     masks: list[Tensor | None] = []

@@ -66,8 +66,10 @@ def attempt(device: torch.device) -> str | None:
     except Exception as error:  # whatever the compiler, or what it calls, says
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         said = (lines or [type(error).__name__])[0][:200]
+        if "C++ compiler" not in said:
+            return said
         asked = os.environ.get("CXX")
-        return said if "C++ compiler" not in said else f"no C++ compiler{f' (CXX is {asked})' if asked else ' was found'}"
+        return f"no C++ compiler (CXX is {asked})" if asked else "no C++ compiler was found"
     gap = float((found - _probe(x)).abs().max())
     return None if gap < 1e-5 else f"the compiled kernel is wrong by {gap:.3g}"
 

@@ -18,6 +18,8 @@ from tests.stages.conftest import train
 FEW: dict[str, Any] = {"training": {"max_steps": 4}}
 UNSTEADY = {"rollout/logprob_gap_max", "rollout/logprob_gap_mean", "rollout/halvings", "rollout/useful_share"}
 """Of PPO: a difference of two roundings, and what depends on how prompts are batched."""
+RATIOS = {"val/explained_variance"}
+"""Of PPO: one less a ratio of small variances, which magnifies roundings; compared to 1e-4."""
 
 
 def assert_same(one: Path, many: Path, *, stopped: bool = False) -> None:
@@ -25,7 +27,8 @@ def assert_same(one: Path, many: Path, *, stopped: bool = False) -> None:
     left, right = w.metrics(one), w.metrics(many)
     assert [row["step"] for row in left] == [row["step"] for row in right]
     for a, b in zip(left, right, strict=True):
-        apart = [name for name in several.close(a, b) if name not in UNSTEADY]
+        coarse = set(several.close(a, b, 1e-4))
+        apart = [n for n in several.close(a, b) if n not in UNSTEADY and (n not in RATIOS or n in coarse)]
         assert [name for name in apart if not (stopped and name.startswith("eval/"))] == [], a["step"]
 
 
