@@ -160,7 +160,7 @@ def test_an_unknown_shell_is_said(capsys: pytest.CaptureFixture[str], monkeypatc
         ("dpo", 2, "rlhf dpo --help"),
         ("dpo more", 2, "name the .yaml file"),
         ("dpo b.yaml", 2, "a.yaml"),
-        ("dpo more/d.yaml", 2, "did you mean 'c.yaml'?"),
+        ("dpo more/d.yaml", 2, "recipes in that folder: b.yaml, c.yaml"),
         ("dpo more/c.yaml", 2, "this is a recipe for `rlhf sft`"),
         ("report a.yaml", 2, "name its run: runs/dpo"),
         ("report runs", 2, "rlhf report runs/dpo runs/sft"),

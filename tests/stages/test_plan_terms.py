@@ -84,9 +84,9 @@ def test_activations_a_token_do_not_depend_on_the_length_of_rows_or_the_stage(ba
             batches = portions(samples, 128, short.vocabulary, packed=True)
             seen.append(measure(role, lambda r, b: r.logp(b).logp.sum(), batches, timed=False))
     assert [one.packed for one in seen] == [True, True, True]
-    for one in seen[1:]:
-        assert one.keep.kept.layer.each == pytest.approx(seen[0].keep.kept.layer.each, rel=0.1)
-        assert one.peak(30, 0, 5000, 0)[0] == pytest.approx(seen[0].peak(30, 0, 5000, 0)[0], rel=0.1)
+    for one, rel in zip(seen[1:], (0.1, 0.15), strict=True):  # each of two completions keeps its prompt's keys, too
+        assert one.keep.kept.layer.each == pytest.approx(seen[0].keep.kept.layer.each, rel=rel)
+        assert one.peak(30, 0, 5000, 0)[0] == pytest.approx(seen[0].peak(30, 0, 5000, 0)[0], rel=rel)
         assert one.peak(30, 30, 5000, 0)[0] == pytest.approx(seen[0].peak(30, 30, 5000, 0)[0], rel=0.2)
 
 
