@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import adapters, checkpointing, sequence, sharding
+from rlhf_cli.models import adapters, checkpointing, sharding
 from rlhf_cli.models.base import Base, Text, load_base
 from rlhf_cli.models.checks import allows_packing, check_logits
 from rlhf_cli.models.gate import check_vocabulary
@@ -47,11 +47,6 @@ def load_policy(recipe: Recipe, text: Text, display: Display, *, dropout: bool =
     check_vocabulary(base, text)
     check_logits(base)
     base.packed = recipe.training.layout != "padded" and allows_packing(base)
-    if sequence.size() > 1:
-        sequence.check_heads(base.model.config, text.source, sequence.size())
-    if sequence.size() > 1 and not base.packed:
-        raise ModelError("this architecture cannot share sequences out to several processes", text.source,
-                         f"set {sequence.WHERE}: 1")  # fmt: skip
     if recipe.training.layout == "packed" and not base.packed:
         raise RecipeError("this architecture or attn_implementation cannot take packed rows", "training.layout",
                           "use auto")  # fmt: skip

@@ -179,6 +179,17 @@ class _Gather(torch.autograd.Function):
         return upstream[ctx.first : ctx.first + ctx.count], None
 
 
+def check(config: Any, source: str, *, packed: bool) -> None:
+    """ModelError unless rows of a model that is trained can be shared: each process would add the gradient of them
+    whole. packed: whether its rows are."""
+    if size() == 1:
+        return
+    check_heads(config, source, size())
+    if not packed:
+        kind = type(config).__name__.removesuffix("Config")
+        raise ModelError(f"{kind} cannot share sequences out to several processes", source, f"set {WHERE}: 1")
+
+
 def check_heads(config: Any, source: str, among: int) -> None:
     """ModelError unless the heads can be shared out among so many."""
     heads = int(getattr(config.get_text_config(), "num_attention_heads", 0))

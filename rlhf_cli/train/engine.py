@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rlhf_cli.data.batch import Batch
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.models import memory, processes, sharding, traffic
+from rlhf_cli.models import memory, processes, sequence, sharding, traffic
 from rlhf_cli.models.device import micro_batch_range
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.schema import Recipe
@@ -120,8 +120,10 @@ class Engine:
         self.signals = Signals(self.display.warn, "this step, then saving")
 
     def add(self, role: Role, learning_rate: float, *, idle: int = 0) -> None:
-        """Train this role; its schedule starts after `idle` steps."""
-        settings = self.recipe.training
+        """Train this role; its schedule starts after `idle` steps. Raises ModelError for one whose rows cannot be
+        shared, where the recipe asks several processes to share each."""
+        settings, base = self.recipe.training, role.base
+        sequence.check(base.model.config, base.source, packed=self.packed and base.packed)
         own, lent = parts.lend(role.parameters)
         optimizer = make_optimizer(own, settings, learning_rate)
         scheduler = make_scheduler(optimizer, settings, self.total_steps - idle)

@@ -1,4 +1,5 @@
-"""Several processes in step: with layers held in parts, each forward and backward is made by all of them together.
+"""Several processes in step: with layers held in parts, each forward and backward is made by all of them together; with
+rows that several share, by those.
 
 So all make as many micro-batches of a pass, and who has fewer makes up others whose gradient is zero. One that fails
 ends at once, as the others could not go on without it.
@@ -37,9 +38,9 @@ def every_share(samples: Sequence[Sample], *, packed: bool, count: int | None = 
 
 
 def together(base: Base, work: Callable[[], Any], doing: str, *, trains: bool = True) -> list[Any]:
-    """As `processes.together`. Of a base whose layers are held in parts, what fails on one process ends that process:
-    the others wait for it inside `work`, and learn that it is gone. trains: whether the recipe is one of training.
-    Raises ModelError when memory ran out."""
+    """As `processes.together`. Of a base whose layers are held in parts, and of rows that several share, what fails on
+    one process ends that process: the others wait for it inside `work`, and learn that it is gone. trains: whether the
+    recipe is one of training. Raises ModelError when memory ran out."""
     if not base.shards and sequence.size() == 1:
         return processes.together(work, doing)
     processes.gather(None, doing)  # all are here, and what they do is known to who looks for the missing
@@ -50,7 +51,7 @@ def together(base: Base, work: Callable[[], Any], doing: str, *, trains: bool = 
         if not memory.ran_out(error):
             raise
         raise ModelError(
-            f"out of memory while {doing}, and with layers held in parts no process can repeat that alone",
+            f"out of memory while {doing}, and no process can repeat alone what several compute together",
             *(TRAINING if trains else NO_TRAINING),
         ) from error  # fmt: skip
     return processes.gather(said, doing)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models import sequence
+from rlhf_cli.models.roles import Role
+from rlhf_cli.train.engine import Engine
 from tests import several
 from tests.conftest import run_cli
-from tests.distributed.test_sharding import RUNS, alone, rows_of, same_numbers, same_tensors
+from tests.distributed.test_sharding import Make, alone, maker, same_numbers, same_tensors
+from tests.models.worlds import make_base
 from tests.stages import world as w
 
-SMALL = {"learning_rate": 1e-3, "batch_size": 5, "max_steps": 4, "micro_batch_tokens": 64}
 SHARED = {"distributed": {"sequence_parallel": 2, "timeout": 60}}
 SHARDED = {"distributed": {"sequence_parallel": 2, "shard": "full", "timeout": 60}}
 HALF = {"model": {"dtype": "bfloat16"}}
@@ -27,23 +31,13 @@ CHOSEN = ("sft-full", "dpo-lora", "kto", "rm", "ppo-trunk")
 
 
 @pytest.fixture(scope="module")
-def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`make(run, where, **more)`: the recipe of one of RUNS."""
-    world = rows_of(tmp_path_factory.mktemp("world"))
-    out = tmp_path_factory.mktemp("runs")
-
-    def recipe(run: str, where: str, **more: Any) -> dict[str, Any]:
-        stage, kind, own = RUNS[run]
-        made = w.recipe(stage, tiny_model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=SMALL)
-        if stage == "ppo":
-            made["rewards"] = [{"run": str(out / "rm-one")}]
-        return w.merged(made, own, QUIET if run in COUNTED else {}, more)
-
-    return recipe
+def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The recipes of RUNS."""
+    return maker(tiny_model, tmp_path_factory, dict.fromkeys(COUNTED, QUIET))
 
 
 @pytest.fixture(scope="module")
-def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs in one process and in two that share each row; one that changes over each way; with layers in parts, plain
     and in 4 bits; in half precision."""
     for run in ("rm", *(name for name in CHOSEN if name != "rm")):
@@ -82,7 +76,7 @@ def test_two_processes_that_share_each_row_equal_one(runs: Path, run: str) -> No
     [("sft-full", "two", {}, 1), ("sft-full", "halftwo", HALF, 1), ("rm", "two", {}, 1), ("dpo-lora", "two", {}, 1.5)],
 )
 def test_what_is_exchanged_is_the_formula(
-    make: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path, run: str, where: str, more: Any, share: float
+    make: Make, runs: Path, tmp_path: Path, run: str, where: str, more: Any, share: float
 ) -> None:
     """Forward and backward, layers that are recomputed once more; of dpo the reference's forward too, in which one
     number is read of a token, as in the policy's."""
@@ -95,7 +89,7 @@ def test_what_is_exchanged_is_the_formula(
     assert sum(rows) / len(rows) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_plan_says_what_the_run_would_refuse(make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_plan_says_what_the_run_would_refuse(make: Make, tmp_path: Path) -> None:
     path = w.save(make("sft-lora", "planned", distributed={"sequence_parallel": 3}), tmp_path / "r.yaml")
     for world, code, words in ((2, 2, "and 2 is no multiple of that (give one, for instance --world-size 3)"),
                                (3, 4, "3 processes cannot share 4 attention heads evenly")):  # fmt: skip
@@ -123,17 +117,30 @@ def test_in_half_precision(runs: Path) -> None:
         assert row["step"] == 0 or row["loss"] == pytest.approx(twin["loss"], abs=2e-2)
 
 
-def refused(make: Callable[..., dict[str, Any]], run: str, **more: Any) -> str:
+def refused(make: Make, run: str, **more: Any) -> str:
     outcome = alone(make(run, "refused", **w.merged(SHARED, more)))
     assert outcome.code == 2, outcome.err
     (line,) = outcome.errors
     return line
 
 
-def test_what_cannot_be_shared_is_refused(make: Callable[..., dict[str, Any]]) -> None:
+def test_what_cannot_be_shared_is_refused(make: Make) -> None:
     assert "2 processes are to share each sequence, and there is one" in refused(make, "sft-lora")
     for more in ({"training": {"layout": "padded"}}, {"model": {"attn_implementation": "sdpa"}}):
         assert "distributed.sequence_parallel needs attention by segments" in refused(make, "sft-lora", **more)
+
+
+def test_a_learner_whose_rows_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a critic on a base of its own as well, each process would add the gradient of whole rows."""
+    base = make_base("gemma2")
+    engine = Engine.__new__(Engine)
+    engine.recipe, engine.packed = SimpleNamespace(training=None), True  # type: ignore[assignment]
+    monkeypatch.setattr(sequence, "size", lambda: 2)
+    with pytest.raises(ModelError, match="Gemma2 cannot share sequences out to several processes"):
+        engine.add(Role("critic", base, trained=True), 1e-3)
+    monkeypatch.setattr(sequence, "size", lambda: 3)
+    with pytest.raises(ModelError, match="3 processes cannot share 4 attention heads"):
+        engine.add(Role("critic", make_base("llama"), trained=True), 1e-3)
 
 
 def test_the_parts_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

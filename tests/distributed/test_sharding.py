@@ -40,6 +40,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+Make = Callable[..., dict[str, Any]]
+
+
 def rows_of(world: Path) -> Path:
     """A few rows of each kind."""
     for kind in ("chat", "pairs", "prompts"):
@@ -48,20 +51,24 @@ def rows_of(world: Path) -> Path:
     return world
 
 
-@pytest.fixture(scope="module")
-def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`make(run, where, **more)`: the recipe of one of RUNS."""
-    world = rows_of(tmp_path_factory.mktemp("world"))
-    out = tmp_path_factory.mktemp("runs")
+def maker(model: Path, factory: pytest.TempPathFactory, common: dict[str, dict[str, Any]]) -> Make:
+    """`make(run, where, **more)`: the recipe of one of RUNS. common: what all of a run have besides."""
+    world, out = rows_of(factory.mktemp("world")), factory.mktemp("runs")
 
     def recipe(run: str, where: str, **more: Any) -> dict[str, Any]:
         stage, kind, own = RUNS[run]
-        made = w.recipe(stage, tiny_model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=SMALL)
+        made = w.recipe(stage, model, world, kind, out / f"{run}-{where}", lora=w.LORA, training=SMALL)
         if stage == "ppo":
             made["rewards"] = [{"run": str(out / "rm-one")}]
-        return w.merged(made, own, more)
+        return w.merged(made, own, common.get(run, {}), more)
 
     return recipe
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The recipes of RUNS."""
+    return maker(tiny_model, tmp_path_factory, {})
 
 
 def alone(content: dict[str, Any], *options: object) -> Outcome:
