@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 -m tests.several WORK.json
 
 WORK.json: {"commands": [[argument, ...], ...], "kill": {"process": 1, "step": 4} or null, "values": {name: value}}.
+(With "command": 3 it is killed in that one, counted from 0, else in the first that comes so far.)
 A command ["-m", MODULE, argument, ...] calls the main of a module, which meets the others itself. Process 0 writes the
 exit codes beside it, to WORK.codes. `kill`: that process dies at the end of that step, or of that piece of data, in the
 first attempt only, or with "how": "memory" runs out of memory in the step after it; `values`: constants of modules that
@@ -64,6 +65,7 @@ def main(work: Path) -> None:
 
     def die(**moment: int) -> None:
         here = {"process": int(os.environ["RANK"]), **moment}
+        here |= {"command": len(codes)} if told["kill"] and "command" in told["kill"] else {}
         if here == told["kill"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         if here | {"how": "memory"} == told["kill"]:

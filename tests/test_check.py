@@ -223,7 +223,15 @@ def test_other_places_where_nothing_can_be_written(cli: CLI, bare: Path) -> None
         ("merge", "none", "-o", "/proc/x"): f"--output-dir /proc/x: {there} (choose another folder)",
         ("data", sft, "--html", "/nope/x.html"): "--html /nope/x.html: there is no folder /nope (name another file)",
         ("data", sft, "--html", "/proc/x.html"): f"--html /proc/x.html: {there} (name another file)",
-        ("data", sft, "--html", "folder.html"): "--html folder.html: is a folder (name another file)",
+        (
+            "data",
+            sft,
+            "--html",
+            "folder.html",
+        ): "--html folder.html: is a folder (name a file: --html folder.html/data.html)",
+        ("data", sft, "--html", "new/"): "--html new/: is a folder (name a file: --html new/data.html)",
+        ("data", sft, "--html", "new"): "--html new: does not end in .html (name a page: --html new.html)",
+        ("data", sft, "--html", ""): "--html '': is a folder (name a file: --html data.html)",
     }
     for arguments, message in cases.items():
         outcome = cli(*arguments)
@@ -250,9 +258,18 @@ def test_pairs_are_no_demonstrations(cli: CLI, bare: Path) -> None:
 
 def test_numbers_are_said_as_people_say_them() -> None:
     assert [counted(number, "step") for number in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]
-    estimate, target = SimpleNamespace(peak=2**30), SimpleNamespace(kind="cpu", world=3, room=2**31)
+    estimate, target = SimpleNamespace(peak=2**30), SimpleNamespace(kind="cpu", world=3, beside=None, room=2**31)
     found: Any = SimpleNamespace(estimate=estimate, target=target)
     assert plan._fit(found, [], None) == ["fits: 1.00 of 2.00 GiB of 1/3 of this machine's free memory, 1.00 to spare"]
+    estimate.peak = 2**32
+    change: Any = SimpleNamespace(fits=True, peak=2**30, sets=("seed=1", "lora={r: 1}"), words="same result")
+    shown = "  1.00 GiB with --set seed=1 --set 'lora={r: 1}'   (same result)"
+    assert plan._fit(found, [change], None) == ["with changes that make it fit:", shown]
+    change.fits = False
+    assert plan._fit(found, [change], None)[0] == "nothing that is known here makes it fit; the least:"
+    assert str(plan._unfit(found, "r.yaml", [])).startswith(
+        "r.yaml: does not fit: 4.00 GiB, 2.00 more than the 2.00 of"
+    )
 
 
 def test_a_list_that_is_too_long(cli: CLI, bare: Path) -> None:

@@ -112,6 +112,8 @@ def test_up_to_date(world: World, capsys: pytest.CaptureFixture[str]) -> None:
         (KeyboardInterrupt(), 130, ["error: interrupted"]),
         (MemoryError("cannot"), 4, ["error: out of memory: cannot"]),
         (OSError(errno.ENOSPC, "No space left"), 4, ["error: the disk is full: [Errno 28] No space left"]),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 4,
+         ["error: no temporary file can be written: No usable temporary directory found in ['/tmp'] (free some space"]),
         (KeyError("x\ny"), 1, ["error: KeyError: 'x\\ny'; this is a bug of rlhf"]),
     ],
 )  # fmt: skip

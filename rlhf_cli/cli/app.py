@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,13 @@ NO_MEMORY = (
 )  # fmt: skip
 """How the system, and the libraries on it, say that memory ran out."""
 HINT_MEMORY = "lower data.max_length or training.micro_batch_tokens, or set model.quantization: nf4 with lora"
+
+PATIENCE = 5.0
+"""Seconds that a process leaves to the first of its machine to tell of an error, and to each before it a little."""
+NO_FOLDER = "No usable temporary directory"
+"""How Python says that neither TMPDIR nor the folders that come after it can be written."""
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun."""
 
 app = typer.Typer(
     name="rlhf",
@@ -74,6 +82,8 @@ def main() -> None:
     """The console script: run the command line and exit with the code of CONTRACT section 2."""
     gc.disable()  # imports leave no garbage, and collections are a fifth of their time
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that are not installed
+    if _TORCHRUN in os.environ and "--debug" not in sys.argv:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # frames of C++ would hide the line on who is gone
     if "_RLHF_COMPLETE" in os.environ:
         typer.main.get_command(app).main(prog_name="rlhf")
     sys.exit(run_command_line(sys.argv[1:]))
@@ -117,17 +127,19 @@ def _report(error: BaseException, arguments: list[str]) -> int:
 
 def _speaks() -> bool:
     """Whether it is for this process to tell: of several that fail, the first one; before they have met, the first of
-    each machine."""
+    each machine. The others wait: torchrun ends them when that one has failed as well."""
     met = sys.modules.get("rlhf_cli.models.processes")
     if met is not None and met.met():
         return bool(met.speaks())
-    return os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+    local = os.environ.get("LOCAL_RANK", "0") if _TORCHRUN in os.environ else "0"
+    time.sleep(PATIENCE + int(local) / 2 if local.isdigit() and local != "0" else 0.0)
+    return True
 
 
 def _who() -> str:
     """Names the process where it is not the first of several."""
-    met = sys.modules.get("rlhf_cli.models.processes")
-    return f"process {met.rank()}: " if met is not None and met.rank() else ""
+    rank = os.environ.get("RANK", "0") if _TORCHRUN in os.environ else "0"
+    return f"process {rank}: " if rank != "0" else ""
 
 
 def _usage(error: Any, arguments: list[str]) -> RecipeError:
@@ -161,4 +173,6 @@ def _hardware(error: BaseException) -> RlhfError | None:
         return ModelError(f"out of memory: {error}".removesuffix(": "), hint=HINT_MEMORY)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ModelError(f"the disk is full: {error}", hint=HINT_FULL)
+    if isinstance(error, FileNotFoundError) and NO_FOLDER in str(error):
+        return ModelError(f"no temporary file can be written: {error.strerror}", hint="free some space, or set TMPDIR")
     return None

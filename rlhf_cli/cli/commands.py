@@ -27,7 +27,9 @@ def check(
     sets: Sets = None,
     debug: Debug = False,
 ) -> None:
-    """Check recipes and their data; no model is loaded."""
+    """Check recipes and their data; no model is loaded.
+
+    Tokens are not counted: a stage's --dry-run reads the tokenizer, too, and says how many rows are too long."""
     from rlhf_cli.cli.check import check_all
 
     tools.watch_garbage()
@@ -94,22 +96,24 @@ def plan(
     world_size: Annotated[
         int, typer.Option(metavar="N", help="Processes that torchrun would start; memory is that of each.")
     ] = 1,
-    processes_per_machine: Annotated[
-        int | None, typer.Option(metavar="N", help="Of them on each machine, for distributed.shard hybrid.")
-    ] = None,
+    processes_per_machine: Annotated[int | None, typer.Option(metavar="N", help="Of them on each machine.")] = None,
     no_time: Annotated[bool, typer.Option("--no-time", help="Do not estimate how long it takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what a run takes, before it is started: parameters, data, memory by part, time; no weights are read."""
+    """Tell what a run takes, before it is started: parameters, data, memory by part, time; no weights are read.
+
+    Ends with code 4 when it does not fit the card of --vram, or this machine."""
     from rlhf_cli.cli.plan import make
 
     tools.watch_garbage()
     given = [*(bare or []), *(sets or [])]
-    lines = make(recipe, given, vram, timed=not no_time, as_json=as_json, world=world_size,
-                 beside=processes_per_machine)  # fmt: skip
+    lines, unfit = make(recipe, given, vram, timed=not no_time, as_json=as_json, world=world_size,
+                        beside=processes_per_machine)  # fmt: skip
     for line in lines:
         (emit if as_json else say)(line)
+    if unfit is not None:
+        raise unfit
 
 
 @commands.command()
@@ -171,7 +175,13 @@ def chat(
 @commands.command("serve-rollouts")
 def serve_rollouts(
     recipe: RecipeFile,
-    bare: Bare = None,
+    bare: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY.PATH=VALUE... -- OPTION...",
+            help="Overrides, the same as --set; behind -- options of vLLM's own.",
+        ),
+    ] = None,
     sets: Sets = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Another port than that of rollout.server.")
@@ -188,8 +198,10 @@ def serve_rollouts(
     """Start the vLLM server that a recipe with rollout.engine: vllm samples with."""
     from rlhf_cli.cli.serve import installed, serve, server_of
 
-    overrides = [*(bare or []), *(sets or [])]
-    found = server_of(recipe, overrides, port, gpu_memory_utilization, vllm)
+    words = list(bare or [])
+    first = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    overrides = [*words[:first], *(sets or [])]
+    found = server_of(recipe, overrides, port, gpu_memory_utilization, vllm, words[first:])
     if print_:
         emit(found.line)
         return

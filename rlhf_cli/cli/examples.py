@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = _STAGES | {
     "serve-rollouts": (
         "rlhf serve-rollouts ppo.yaml",
         "rlhf serve-rollouts ppo.yaml --print",
+        "rlhf serve-rollouts ppo.yaml -- --tensor-parallel-size 2",
         "rlhf serve-rollouts ppo.yaml --vllm ~/vllm/bin/vllm --gpu-memory-utilization 0.4",
     ),
     "schema": ("rlhf schema > recipes/schema.json", "rlhf schema dpo"),

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import RecipeError, counted
+from rlhf_cli.errors import ModelError, RecipeError, counted
 
 if TYPE_CHECKING:
     from rlhf_cli.stages.plan import Plan
     from rlhf_cli.stages.plan_advice import Change
+    from rlhf_cli.stages.plan_model import Target
+    from rlhf_cli.stages.plan_roles import Part
     from rlhf_cli.stages.plan_rows import Rows
     from rlhf_cli.stages.plan_traffic import Traffic
 
@@ -31,8 +33,8 @@ def make(
     as_json: bool,
     world: int = 1,
     beside: int | None = None,
-) -> list[str]:
-    """The lines of the plan, or its JSON as one. Raises RlhfError."""
+) -> tuple[list[str], ModelError | None]:
+    """The lines of the plan, or its JSON as one; and that it does not fit, where it does not. Raises RlhfError."""
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.recipe.schema import Recipe
@@ -41,6 +43,9 @@ def make(
         raise RecipeError(f"{vram:g} is no size of a card", "--vram", "give GiB above 0, for instance --vram 12")
     if world < 1:
         raise RecipeError(f"{world} is no number of processes", "--world-size", "give 1 or more")
+    if beside is not None and not 1 <= beside <= world:
+        raise RecipeError(f"{beside} processes on each machine, and {world} in all", "--processes-per-machine",
+                          "give 1 or more, and --world-size with those of all machines")  # fmt: skip
     recipe = read_recipe(path, overrides, None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"plans what a command trains, and rlhf {recipe.stage} trains nothing", "rlhf plan",
@@ -57,9 +62,10 @@ def make(
     fits = found.estimate.peak <= found.target.room
     changes = advice(found, reread) if not fits else []
     largest = headroom(found, reread) if fits and found.target.kind == "cuda" else None
+    unfit = None if fits else _unfit(found, path, changes)
     if as_json:
-        return [json.dumps(plain(found, changes, largest), indent=2, ensure_ascii=False)]
-    return [
+        return [json.dumps(plain(found, changes, largest), indent=2, ensure_ascii=False)], unfit
+    lines = [
         *_what(found),
         "",
         *_data(found),
@@ -70,6 +76,7 @@ def make(
         "",
         *_fit(found, changes, largest),
     ]
+    return lines, unfit
 
 
 def _what(plan: Plan) -> list[str]:
@@ -97,15 +104,10 @@ def _data(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    estimate = plan.estimate
+    estimate, away = plan.estimate, plan.model.standing.away
     worst = max(estimate.moments, key=lambda name: estimate.moments[name])
     lines = [f"memory in MiB, at the moment that takes most ({worst}):"]
-    rows = [(p.role, p.what, f"{p.bytes / MIB:,.1f}", p.how) for p in estimate.parts]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines += [
-        f"  {role:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {how}" for role, what, size, how in rows
-    ]
-    lines.append(f"  {'':<{widths[0]}}  {'peak':<{widths[1]}}  {f'{estimate.peak / MIB:,.1f}':>{widths[2]}}")
+    lines += _table(estimate.parts, "peak", estimate.peak)
     others = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sorted(estimate.moments.items(), key=_by_size))
     lines.append(f"by moment: {others}")
     lines.append(
@@ -114,7 +116,27 @@ def _memory(plan: Plan) -> list[str]:
     )
     if plan.target.kind == "cuda" and _device() == CPU:
         lines.append("(micro-batches are those of a card, which takes larger ones than a run on this CPU would)")
+    if away:
+        each = " of each process" if plan.target.world > 1 else ""
+        lines.append(f"of main memory{each}, in MiB (what a card reads by itself takes a power of two):")
+        lines += _table(away, "in all", sum(p.bytes for p in away))
+    if plan.target.kind == "cpu":
+        lines.append("(holes that the C library leaves between tensors come on top: up to a third more was seen, "
+                     "docs/BENCHMARKS.md)")  # fmt: skip
+    elif together := plan.model.standing.together:
+        lines.append(f"process 0 writes the trained model: {_size(together)} of main memory, where its weights are "
+                     "brought together")  # fmt: skip
     return [*lines, *_server(plan)]
+
+
+def _table(parts: Sequence[Part], name: str, total: int) -> list[str]:
+    rows = [(p.role, p.what, f"{p.bytes / MIB:,.1f}", p.how) for p in parts]
+    rows.append(("", name, f"{total / MIB:,.1f}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        f"  {role:<{widths[0]}}  {what:<{widths[1]}}  {size:>{widths[2]}}  {how}".rstrip()
+        for role, what, size, how in rows
+    ]
 
 
 def _server(plan: Plan) -> list[str]:
@@ -149,7 +171,8 @@ def _traffic(plan: Plan) -> list[str]:
         lines.append(f"  gradients of parts: {often} {size} x {parted} = {_size(of.scattered)}")
         if of.copies > 1:
             ring = f"2 x {of.copies - 1}/{of.copies}"
-            lines.append(f"  between {of.copies} machines: {often} {size} / {of.parts} x {ring} = {_size(of.copied)}")
+            once = f"{times}{size} / {of.parts} x {ring} = {_size(of.copied)}"
+            lines.append(f"  between {of.copies} machines: {once}")
     if of.rows is not None:
         lines += _rows(of, of.rows, times)
     return lines
@@ -212,21 +235,32 @@ def _long(seconds: float) -> str:
 
 def _fit(plan: Plan, changes: Sequence[Change], largest: int | None) -> list[str]:
     estimate, target = plan.estimate, plan.target
-    each = f"1/{target.world} of " if target.world > 1 else ""
-    name = {"cpu": f"{each}this machine's free memory"}.get(target.kind, "the card")
     spare = target.room - estimate.peak
     if spare >= 0:
-        line = f"fits: {estimate.peak / GIB:.2f} of {target.room / GIB:.2f} GiB of {name}, {spare / GIB:.2f} to spare"
+        line = (f"fits: {estimate.peak / GIB:.2f} of {target.room / GIB:.2f} GiB of {_place(target)}, "
+                f"{spare / GIB:.2f} to spare")  # fmt: skip
         more = [f"micro-batches of up to {largest:,} tokens would fit"] if largest is not None else []
         return [line, *more]
-    lines = [f"does not fit: {estimate.peak / GIB:.2f} GiB, {-spare / GIB:.2f} more than the {target.room / GIB:.2f} "
-             f"of {name}"]  # fmt: skip
-    if not any(change.fits for change in changes):
-        lines.append("nothing that is known here makes it fit; the least:")
+    makes = any(change.fits for change in changes)
+    lines = ["with changes that make it fit:" if makes else "nothing that is known here makes it fit; the least:"]
     for change in changes:
         words = " ".join(f"--set {shlex.quote(one)}" for one in change.sets)
         lines.append(f"  {change.peak / GIB:.2f} GiB with {words}   ({change.words})")
     return lines
+
+
+def _place(target: Target) -> str:
+    each = f"1/{target.beside or target.world} of " if (target.beside or target.world) > 1 else ""
+    return {"cpu": f"{each}this machine's free memory"}.get(target.kind, "the card")
+
+
+def _unfit(plan: Plan, path: str, changes: Sequence[Change]) -> ModelError:
+    """That it does not fit: the error with which the command ends."""
+    peak, room = plan.estimate.peak / GIB, plan.target.room / GIB
+    known = "take a change from above" if any(change.fits for change in changes) else "choose a smaller model"
+    hint = f"{known}, or a larger card" if plan.target.kind == "cuda" else f"{known}, or --vram GIB for a card"
+    return ModelError(f"does not fit: {peak:.2f} GiB, {peak - room:.2f} more than the {room:.2f} of "
+                      f"{_place(plan.target)}", path, hint)  # fmt: skip
 
 
 def plain(plan: Plan, changes: Sequence[Change], largest: int | None) -> dict[str, Any]:
@@ -244,6 +278,7 @@ def plain(plan: Plan, changes: Sequence[Change], largest: int | None) -> dict[st
             "device": plan.target.kind, "room": plan.target.room, "given": plan.target.given, "peak": estimate.peak,
             "idle": plan.model.idle, "moments": estimate.moments,
             "parts": [part._asdict() for part in estimate.parts],
+            "main": [part._asdict() for part in stand.away], "together": stand.together,
             "gradients": stand.gradients, "optimiser": stand.optimiser,
             "micro_batch_tokens": estimate.budget, "recomputed_layers": estimate.recomputed,
             "layers": plan.model.layers, "measured_tokens": plan.model.measured.tokens,

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SHARE, SHARED = 0.9, 0.5
 """Of a card's memory for the server: when it has the card for itself, and when it sleeps while others use it."""
 HTTP = 80
+GRACE = 10.0
+"""Seconds that what a server left behind may take to end by itself."""
 KEY = "VLLM_API_KEY"
 """Where vLLM looks for its key."""
 
@@ -52,9 +55,15 @@ class Served:
 
 
 def server_of(
-    path: str, overrides: Sequence[str], port: int | None, share: float | None, program: str | None
+    path: str,
+    overrides: Sequence[str],
+    port: int | None,
+    share: float | None,
+    program: str | None,
+    own: Sequence[str] = (),
 ) -> Served:
-    """The server that a recipe asks. Raises RecipeError: the recipe asks none; ModelError: no such model."""
+    """The server that a recipe asks; `own` are options of vLLM's that go last, so that they win. Raises RecipeError:
+    the recipe asks none; ModelError: no such model."""
     from rlhf_cli.recipe.inherit import inherit_adapter
     from rlhf_cli.recipe.model_path import resolve_model
     from rlhf_cli.recipe.reader import read_recipe
@@ -91,6 +100,7 @@ def server_of(
     if rollout.sleep:
         arguments.append("--enable-sleep-mode")
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+    arguments += own
     address = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
     return Served(arguments, environment, address, rollout.api_key_env)
 
@@ -173,9 +183,23 @@ def serve(program: str, served: Served) -> None:
     try:
         code = child.wait()
     finally:
+        _end_group(child.pid)
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
         raise Interrupted(came[0], "the server was ended")
     if code:
         raise ModelError(f"ended with exit code {code}", "vllm serve", "its own words stand above")
+
+
+def _end_group(group: int) -> None:
+    """End what is left of a server: its engines outlive it where it was killed, and hold the card's memory."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        until = time.monotonic() + GRACE
+        try:
+            os.killpg(group, number)
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                os.killpg(group, 0)
+        except ProcessLookupError:
+            return

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rlhf_cli.errors import RecipeError
 
+PAGE = "data.html"
+
 
 def show(path: str, overrides: Sequence[str], rows: int, html: str | None) -> None:
     """Show a recipe's data. Raises RlhfError."""
@@ -15,10 +17,9 @@ def show(path: str, overrides: Sequence[str], rows: int, html: str | None) -> No
 
     from rlhf_cli.recipe.reader import read_recipe
     from rlhf_cli.recipe.schema import Recipe
-    from rlhf_cli.runs.files import writable_file
 
     if html is not None:
-        writable_file(Path(html), f"--html {html}", "name another file")
+        _check(html)
     recipe = read_recipe(path, overrides, None)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"shows what a command trains on, and rlhf {recipe.stage} trains nothing", "rlhf data",
@@ -52,3 +53,15 @@ def show(path: str, overrides: Sequence[str], rows: int, html: str | None) -> No
     line(("", ""))
     for words in found.lines:
         line((words, "yellow" if words.startswith("warning") else ""))
+
+
+def _check(html: str) -> None:
+    """Raises RecipeError where no page can be written, as `rlhf report` does."""
+    from rlhf_cli.runs.files import writable_file
+
+    path, where = Path(html), f"--html {html or repr(html)}"
+    if html.endswith("/") or path.is_dir():
+        raise RecipeError("is a folder", where, f"name a file: --html {path / PAGE}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise RecipeError("does not end in .html", where, f"name a page: --html {path.with_suffix('.html')}")
+    writable_file(path, where, "name another file")

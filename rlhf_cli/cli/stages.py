@@ -179,10 +179,10 @@ def _train(
         train = STAGES[stage].load()
         tools.watch_garbage()
         train(recipe, run, display, options)
-        if here.world > 1:
-            from rlhf_cli.models import processes
+        if _meets(recipe, here):
+            from rlhf_cli.stages.company import leave
 
-            processes.stop()
+            leave()
         return run.path
     except RlhfError:
         raise
@@ -199,14 +199,20 @@ def _open(recipe: Any, line: str, options: Options, here: Place) -> Run:
     from rlhf_cli.runs.directory import Run
 
     asked = getattr(recipe, "distributed", None)
-    if here.world == 1:
-        if asked is not None and asked.sequence_parallel > 1:
-            raise RecipeError(f"{asked.sequence_parallel} processes are to share each sequence, and there is one",
-                              "distributed.sequence_parallel", "start them with torchrun, or set 1")  # fmt: skip
+    if here.world == 1 and asked is not None and asked.sequence_parallel > 1:
+        raise RecipeError(f"{asked.sequence_parallel} processes are to share each sequence, and there is one",
+                          "distributed.sequence_parallel", "start them with torchrun, or set 1")  # fmt: skip
+    if not _meets(recipe, here):
         return Run.open(recipe, line, options.resume)
     from rlhf_cli.stages.company import open_together
 
     return open_together(recipe, line, options.resume, here, recipe.distributed)
+
+
+def _meets(recipe: Any, here: Place) -> bool:
+    """Whether torch.distributed takes part: for others, or for layers in main memory."""
+    asked = getattr(recipe, "distributed", None)
+    return here.world > 1 or (asked is not None and asked.cpu_offload)
 
 
 def line_of(context: typer.Context) -> str:

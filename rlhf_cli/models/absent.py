@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import ModelError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0
 """Seconds that processes leave to one another to tell of an error."""
+POLL = 0.05
+"""Seconds between two looks into the store."""
 AGAIN = "the same command goes on from the newest whole checkpoint"
 NO_STORE = "process 0 or torchrun"
 """Who is gone when the store is."""
@@ -36,6 +40,11 @@ class Group:
     """Depth of `processes.alone`."""
 
 
+def join(group: Group) -> None:
+    """Leave word of who this is."""
+    group.store.set(f"pid/{group.place.rank}", str(os.getpid()))
+
+
 class Lost(ModelError):
     """Another process is gone, or does not answer."""
 
@@ -48,24 +57,66 @@ def telling(group: Group, doing: str) -> Iterator[None]:
         group.store.set(f"at/{group.place.rank}", json.dumps([group.told, doing]))
         yield
     except RuntimeError as error:
-        late = _late(group)
-        raise (_lost(group, late, doing) if late else silent(group, doing)) from error
+        raise _lost(group, _missing(group, told=group.told), doing) from error
 
 
 def silent(group: Group, doing: str) -> Lost:
-    """The error of a collective that left no word in the store. Who else is there meets the same one: whoever does not
-    say so within a little is the missing one."""
+    """The error of a collective that left no word in the store."""
+    return _lost(group, _missing(group), doing)
+
+
+def _missing(group: Group, told: int = 0) -> str:
+    """Who is missing, in words. told: how far this process has come.
+
+    Of those that have come less far, or of all where nobody has, who does not say within a little that it has met an
+    error too: one that is gone fails the collectives of others, and some of these stop earlier than others. Of several
+    whom their machine no longer knows, if there are such: others may still wait for one that waits here.
+    """
     others = range(group.place.world)
-    quiet, deadline = list(others), time.monotonic() + PATIENCE
     try:
         group.store.set(f"without/{group.place.rank}", "1")
-        while quiet and time.monotonic() < deadline:
-            time.sleep(0.05)
-            quiet = [other for other in others if not group.store.check([f"without/{other}"])]
-        names = ", ".join(_name(other, _seen(group, other)[1]) for other in quiet)
+        late = [other for other in others if _seen(group, other)[0] < told]
+        quiet = _quiet(group, late or others) or _quiet(group, others)
+        return ", ".join(_name(other, _seen(group, other)[1]) for other in quiet)
     except RuntimeError:
-        names = NO_STORE
-    return _lost(group, names, doing)
+        return NO_STORE
+
+
+def _quiet(group: Group, others: Sequence[int]) -> list[int]:
+    """Those of some processes that do not say that they have met an error."""
+    quiet, deadline = list(others), time.monotonic() + PATIENCE
+    while quiet and time.monotonic() < deadline:
+        time.sleep(POLL)
+        quiet = [other for other in others if not group.store.check([f"without/{other}"])]
+        for other in filter(partial(_dead, group), quiet):
+            group.store.set(f"dead/{other}", "1")
+    return [other for other in quiet if group.store.check([f"dead/{other}"])] or quiet
+
+
+def _dead(group: Group, other: int) -> bool:
+    """Whether a process was on this machine and is no more."""
+    place, key = group.place, f"pid/{other}"
+    if not 0 <= other - place.rank + place.local < place.beside or not group.store.check([key]):
+        return False
+    try:
+        os.kill(int(group.store.get(key)), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def speaks(group: Group) -> bool:
+    """Whether it is for this process to tell of its error, so that one line does: the first one for what all met, which
+    is why the others wait for it a little. Without a store to agree in (process 0 is gone): one of each machine."""
+    place, deadline = group.place, time.monotonic() + (0.0 if group.place.first else PATIENCE)
+    try:
+        while time.monotonic() < deadline and not group.store.check(["failed"]):
+            time.sleep(POLL)
+        speaker = bool(group.store.add("failed", 1) == 1)
+    except RuntimeError:
+        return place.local == (1 if place.rank == place.local else 0)
+    time.sleep(4 * POLL if speaker else 0.0)  # the store may end with this process: others look into it before
+    return speaker
 
 
 def of_others(error: RuntimeError) -> bool:
@@ -74,15 +125,6 @@ def of_others(error: RuntimeError) -> bool:
 
     words = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
     return isinstance(error, DistError) or any(word in str(error).lower() for word in words)
-
-
-def _late(group: Group) -> str:
-    """Who has come less far than this process, in words."""
-    try:
-        seen = [(other, *_seen(group, other)) for other in range(group.place.world)]
-    except RuntimeError:
-        return NO_STORE
-    return ", ".join(_name(other, doing) for other, told, doing in seen if told < group.told)
 
 
 def _seen(group: Group, other: int) -> tuple[int, str]:

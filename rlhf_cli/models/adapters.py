@@ -121,6 +121,7 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
             raise ModelError(message, f"adapter {name}") from error
         raise RecipeError(f"no adapter can be made for {base.source}: {_first_line(error)}", "lora.target_modules",
                           "use all-linear, or names of linear layers of this model") from error  # fmt: skip
+    _place(base, name)
     if tensors is None:
         _check_targets(base, config)
     else:
@@ -129,6 +130,15 @@ def add_adapter(base: Base, name: str, config: LoraConfig, tensors: dict[str, Te
         with sharding.gathered(base, layers=1):  # where a layer of each kind is tried
             lighten_adapters(base.model, name)
     base.active = None
+
+
+def _place(base: Base, name: str) -> None:
+    """Bring an adapter to the device that computes: peft puts it where the base lies, which may be main memory."""
+    own = {id(p) for _, p in adapter_parameters(base, name)}
+    for module in base.model.modules():
+        for key, p in module._parameters.items():
+            if p is not None and id(p) in own and p.device.type != base.device.type:
+                module._parameters[key] = torch.nn.Parameter(p.detach().to(base.device), p.requires_grad)
 
 
 def _check_targets(base: Base, config: LoraConfig) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from rlhf_cli.data.template import Template, load_template
 from rlhf_cli.errors import ModelError, RecipeError
-from rlhf_cli.models import memory, mesh, sharding
+from rlhf_cli.models import memory, mesh, share_out
 from rlhf_cli.models.attention import NAME as SEGMENTS
 from rlhf_cli.models.device import compute_dtype, pick_device
 from rlhf_cli.models.gate import check_files, check_same_template, check_template, check_tensors, end_ids
@@ -85,7 +85,7 @@ class Base:
     compiled: bool = False
     """Whether chains of element-wise operations are compiled (objectives/fused.py)."""
     shards: bool = False
-    """Whether each of several processes holds a part of the layers (models/sharding.py)."""
+    """Whether its layers are held in parts, by several processes or in main memory (models/sharding.py)."""
     again: Callable[[bool], Base] | None = field(default=None, repr=False)
     """Reads the same weights once more, to be trained or not: parts cannot be copied."""
     collected: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -155,14 +155,17 @@ def load_text(settings: ModelSettings, role: Kept = "policy", *others: Kept, wei
     """Tokenizer, template and configuration of the model a recipe names. weights: whether those must be there.
 
     Raises RecipeError or ModelError: not found, unfinished run, another role than `role` (or one of `others`), no
-    end token, a run that was trained with another tokenizer or template.
+    end token, a run that was trained with another tokenizer or template, a DoRA adapter where layers are held in parts.
     """
     quiet()
     path = resolve_model(settings.name_or_path, weights=weights)
     source = path.base if path.kind == "adapter" and path.base else str(path.weights or path.name)
-    revision = settings.revision
-    if revision is None and path.kind == "adapter" and path.weights is not None:
-        revision = read_json(path.weights / "adapter_config.json").get("revision")
+    adapter = path.weights if path.kind == "adapter" else None
+    about = {} if adapter is None else read_json(adapter / "adapter_config.json")
+    revision = about.get("revision") if settings.revision is None else settings.revision
+    if about.get("use_dora") and mesh.wanted():
+        raise RecipeError(f"layers in parts cannot go with {path.name}, a DoRA adapter, which reads whole weights",
+                          "distributed.shard", f"set none, or merge it first: rlhf merge {path.name}")  # fmt: skip
     for folder in {Path(source), path.weights or Path(source)}:
         if folder.is_dir() and (weights or any(folder.glob("*.safetensors"))):
             check_files(folder)
@@ -250,7 +253,7 @@ def load_base(
     def read() -> PreTrainedModel:
         return _read(auto, source, arguments, device, asked)
 
-    model = sharding.in_parts(read, device, dtype, source, quantization) if shards else read()
+    model = share_out.in_parts(read, device, dtype, source, quantization) if shards else read()
     memory.give_back()  # what reading and quantising took in the loader's threads
     base = Base(model, source, _identity(source, model), device, dtype, revision=revision,
                 shards=shards, **asked._asdict())  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.device import compute_dtype, pick_device
 from rlhf_cli.objectives import fused
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ class Levers(NamedTuple):
     """Chains of element-wise operations compiled (objectives/fused.py)."""
     flex: bool
     """Attention by segments as one kernel (models/flex.py)."""
+
+
+def check_levers(settings: ModelSettings, source: str) -> None:
+    """The same before anything is read, on the device that will compute. Raises ModelError, for a dtype that the device
+    has not, too."""
+    device = pick_device()
+    compute_dtype(settings.dtype, device)
+    levers(settings, device, source)
 
 
 def levers(settings: ModelSettings, device: torch.device, source: str) -> Levers:

@@ -1,11 +1,14 @@
 """Which processes hold the parts of a layer among them: all (`full`), or those of each machine (`hybrid`).
 
-With `hybrid` every machine holds all layers, in parts; a layer is gathered within the machine, and gradients of its
-parts are added up between machines. What FSDP2 sends for that is counted here.
+With `hybrid` every machine holds all layers, in parts, and FSDP2 knows the processes of one machine only: a layer is
+gathered among them, micro-batch by micro-batch. Between machines the gradients of the parts are added up by us, once a
+step. (FSDP2 could do that as well, after the last micro-batch; but it forgets what it has kept until then as soon as it
+is told that no layers need to be gathered for backward passes that never come.) What is sent is counted here.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -19,21 +22,44 @@ from rlhf_cli.models import processes, traffic
 from rlhf_cli.models.device import pick_device
 
 Shard = Literal["none", "full", "hybrid"]
-COPIES, PARTS = "copies", "parts"
-"""Dimensions of the mesh: machines, and the processes of one."""
+CARDS: tuple[str, ...] = ("cuda",)
+"""Kinds of devices with a memory of their own, whose parts can lie in main memory."""
 _asked: Shard = "none"
+_offload: bool = False
 _beside: int = 1
+_copies: Any = None
+"""Of `hybrid`: the group of those that hold the same part, one on each machine."""
 
 
-def ask(shard: Shard) -> None:
-    """How bases that are loaded from here on are to be held; all processes ask together. Raises RecipeError for
-    `hybrid` where there is nothing that it could do."""
-    global _asked, _beside  # noqa: PLW0603
-    _asked, _beside = shard, 1
+def ask(shard: Shard, *, offload: bool = False) -> None:
+    """How bases that are loaded from here on are to be held; all processes ask together. offload: with their parts in
+    main memory. Raises RecipeError for `hybrid` where there is nothing that it could do."""
+    global _asked, _offload, _beside, _copies  # noqa: PLW0603
+    _asked, _offload, _beside, _copies = shard, offload, 1, None
     _mesh.cache_clear()
+    if wanted() and not processes.met():
+        _start_alone()
     if shard != "none" and processes.count() > 1:
         _beside = _agreed(processes.gather(list(processes.beside()), "comparing machines"), hybrid=shard == "hybrid")
         mesh(pick_device().type)
+    if shard == "hybrid" and processes.count() > 1:
+        total = processes.count()
+        _copies = processes.own_of([range(place, total, _beside) for place in range(_beside)])
+
+
+def _start_alone() -> None:
+    """What FSDP2 wants to be there also where one process is all there are: nothing is sent."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Bases that are loaded from here on are held whole."""
+    ask("none")
+    if dist.is_initialized() and not processes.met():
+        dist.destroy_process_group()
 
 
 def _agreed(told: Sequence[Sequence[int]], *, hybrid: bool) -> int:
@@ -59,8 +85,14 @@ def _several(sizes: Sequence[int]) -> str:
 
 
 def wanted() -> bool:
-    """Whether a base that is loaded now is to be held in parts: several processes load it together."""
-    return _asked != "none" and processes.count() > 1
+    """Whether a base that is loaded now is to be held in parts: several processes load it together, or one keeps the
+    only part in main memory."""
+    return _asked != "none" and (processes.count() > 1 or (offloads() and not processes.met()))
+
+
+def offloads() -> bool:
+    """Whether parts lie in main memory, away from the device that computes."""
+    return _offload and pick_device().type in CARDS
 
 
 def count() -> int:
@@ -74,7 +106,7 @@ def rank() -> int:
 
 
 def mesh(kind: str) -> Any:
-    """The processes as FSDP2 wants to know them."""
+    """The processes that share layers out with this one, as FSDP2 wants to know them."""
     return _mesh(kind)
 
 
@@ -83,12 +115,10 @@ def _mesh(kind: str) -> Any:
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     total = processes.count()
-    if _asked != "hybrid":
+    if _asked != "hybrid" or total == 1:
         return init_device_mesh(kind, (total,))
-    copies = processes.own_of([range(place, total, _beside) for place in range(_beside)])
     parts = processes.own_of([range(first, first + _beside) for first in range(0, total, _beside)])
-    ranks = torch.arange(total).view(-1, _beside)
-    return DeviceMesh.from_group([copies, parts], kind, ranks, mesh_dim_names=(COPIES, PARTS))
+    return DeviceMesh.from_group(parts, kind)
 
 
 def in_turn(work: Callable[[], None], doing: str) -> None:
@@ -101,6 +131,13 @@ def in_turn(work: Callable[[], None], doing: str) -> None:
 
 def _nothing() -> None:
     return None
+
+
+def add(parts: Sequence[torch.nn.Parameter], doing: str) -> None:
+    """The sum of the gradients of parts over the machines that hold them all. Raises Lost."""
+    if _copies is not None:
+        copies = _copies.size()
+        traffic.add("copied", 2 * processes.add(parts, doing, _copies) * (copies - 1) / copies)
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
@@ -129,14 +166,10 @@ class _Scatter(_Gather):
         return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
-def counted(part: Any, kind: str) -> None:
+def counted(part: Any) -> None:
     """Count what FSDP2 sends for one module that it shares out: a ring's share of each collective. Before PyTorch 2.9
     it cannot be asked, and nothing is counted."""
     if not hasattr(part, "set_custom_all_gather"):
         return
     part.set_custom_all_gather(_Gather())
     part.set_custom_reduce_scatter(_Scatter())
-    found = _mesh(kind)
-    if found.ndim == 2:
-        copies = found.size(0)
-        part.set_all_reduce_hook(lambda own: traffic.add("copied", 2 * own.nbytes * (copies - 1) / copies))

@@ -8,7 +8,6 @@ order of the processes, so that all go on with the same numbers to the last bit.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from rlhf_cli.errors import ModelError, RlhfError
 from rlhf_cli.models import absent, memory, traffic
-from rlhf_cli.models.absent import PATIENCE, Group, Lost
+from rlhf_cli.models.absent import Group, Lost
+from rlhf_cli.models.device import pick_device
 from rlhf_cli.models.meeting import agree
 from rlhf_cli.runs.place import Place
 
@@ -69,6 +69,7 @@ def start(place: Place, seconds: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the {place.world} processes did not find one another: {_line(error)}", "torchrun") from error
     _group = Group(place, dist.PrefixStore("told", store), seconds)
+    absent.join(_group)
     traffic.begin()
 
 
@@ -88,17 +89,8 @@ def met() -> bool:
 
 
 def speaks() -> bool:
-    """Whether it is for this process to tell of its error, so that one line does: the first one for what all met, which
-    is why the others wait for it a little."""
-    if _group is None:
-        return True
-    deadline = time.monotonic() + (PATIENCE if rank() else 0.0)
-    try:
-        while time.monotonic() < deadline and not _group.store.check(["failed"]):
-            time.sleep(0.05)
-        return bool(_group.store.add("failed", 1) == 1)
-    except RuntimeError:
-        return True
+    """Whether it is for this process to tell of its error, so that one line does."""
+    return _group is None or absent.speaks(_group)
 
 
 @contextmanager
@@ -215,20 +207,22 @@ def same(thing: Any, doing: str) -> None:
                              "let all machines see the same files and have the same versions installed")  # fmt: skip
 
 
-def add(parameters: Sequence[torch.nn.Parameter], doing: str) -> None:
-    """The sum of the processes' gradients, in all of them; a parameter without one anywhere stays so. Raises Lost."""
+def add(parameters: Sequence[torch.nn.Parameter], doing: str, among: Any = None) -> int:
+    """The sum of the processes' gradients, or of those among a group, in all of them; a parameter without one anywhere
+    stays so. Bytes that were handed to the reductions. Raises Lost."""
     if _group is None or count() == 1 or not parameters:
-        return
-    device = parameters[0].device
+        return 0
+    device, handed = pick_device(), 0  # whose collectives are quick, also where gradients lie in main memory
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
-    _reduce(has, doing, largest=True)
+    _reduce(has, doing, among, largest=True)
     kept = [p for p, flag in zip(parameters, has.tolist(), strict=True) if flag]
     for bucket in _buckets(kept):
-        flat = torch.cat([_gradient(p).reshape(-1).float() for p in bucket])
-        _reduce(flat, doing)
-        traffic.add("gradient", flat.nbytes)
+        flat = torch.cat([_gradient(p).reshape(-1).float() for p in bucket]).to(device)
+        _reduce(flat, doing, among)
+        handed += flat.nbytes
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            p.grad = part.view_as(p).to(p.dtype)
+            p.grad = part.view_as(p).to(p)
+    return handed
 
 
 # --- collectives ---------------------------------------------------------------------------------------------------
@@ -254,12 +248,12 @@ def _gathered(own: Tensor, doing: str) -> list[Tensor]:
     return [part[: int(size)].clone() for part, size in zip(parts, sizes, strict=True)]
 
 
-def _reduce(tensor: Tensor, doing: str, *, largest: bool = False) -> None:
-    """The sum, or the largest, of the processes' tensors, in place."""
+def _reduce(tensor: Tensor, doing: str, among: Any, *, largest: bool = False) -> None:
+    """The sum, or the largest, of the tensors of all processes or of a group, in place."""
     import torch.distributed as dist
 
     with _others(doing):
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=among)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

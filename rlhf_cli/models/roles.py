@@ -9,7 +9,7 @@ R rows, L slots, T scored tokens, N sequences, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +102,7 @@ class Role:
         """Last hidden states: (R L, H); of a batch that is dealt out those of this process. Call within `active`."""
         if batch.packed and not self.base.packed:
             raise RoleError("a packed batch for a base that cannot take it")
-        if self.base.shards and processes.count() == 1:
+        if self.base.shards and processes.met() and processes.count() == 1:
             raise RoleError(f"{self.name} is held in parts by several processes, and one of them asks it alone")
         states = self.base.model.base_model(
             **forward_arguments(batch, one_kernel=self.base.flex)
@@ -242,7 +242,7 @@ class Role:
         """The trained tensors by name, as a checkpoint keeps them."""
         return {name: parameter.detach() for name, parameter in self.parameters}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
         own = dict(self.parameters)
         if set(own) != set(tensors):

@@ -120,6 +120,17 @@ def saved(base: Base, quantization: Quantization, processes: int) -> int:
     return sum(one.whole - one.of(processes) * one.kept for one in slices(base, quantization))
 
 
+def parts_bytes(base: Base, quantization: Quantization, processes: int, *, pinned: bool = False) -> int:
+    """Bytes of its layers that a process holds when so many hold parts of them; pinned: in memory that a card reads."""
+    found = [one.of(processes) * one.kept for one in slices(base, quantization)]
+    return sum(map(pinned_bytes, found) if pinned else found)
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch takes of main memory for so many bytes that a card reads by itself: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def weights(base: Base, quantization: Quantization) -> Weights:
     """Of an outline, had it been loaded with this quantisation."""
     matrices = _quantised_matrices(base, quantization)

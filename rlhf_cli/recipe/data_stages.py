@@ -181,8 +181,8 @@ class SelectRecipe(Work):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        for key in self.distributed.model_fields_set & {"shard", "sequence_parallel"}:
-            if getattr(self.distributed, key) not in ("none", 1):
+        for key in self.distributed.model_fields_set & {"shard", "sequence_parallel", "cpu_offload"}:
+            if getattr(self.distributed, key) != type(self.distributed).model_fields[key].default:
                 yield f"distributed.{key} is only read where models are, and rlhf select loads none"
 
 
@@ -193,6 +193,7 @@ def shared_out(
     if asked.sequence_parallel > 1:
         yield "distributed.sequence_parallel is only read by the commands that train"
     if asked.shard == "none":
+        yield from asked.unshared()
         return
     for key, model in models.items():
         if model is not None and model.quantization == "int8":

@@ -170,6 +170,9 @@ KEYS: dict[str, str] = {
     "deepspeed": "distributed.shard: full, which is what ZeRO's stage 3 does",
     "zero_stage": "distributed.shard: full, which is what ZeRO's stage 3 does",
     "dp_shard_size": "distributed.shard: full",
+    "fsdp_offload_params": "distributed.cpu_offload: true, beside distributed.shard: full",
+    "offload_optimizer": "distributed.cpu_offload: true, beside distributed.shard: full",
+    "offload_param": "distributed.cpu_offload: true, beside distributed.shard: full",
     "ddp_timeout": "distributed.timeout",
     # housekeeping
     "logging_steps": "logging.every",

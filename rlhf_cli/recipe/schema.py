@@ -91,6 +91,7 @@ class Recipe(Work):
                 "model.attn_implementation to auto"
             )
         if self.distributed.shard == "none":
+            yield from self.distributed.unshared()
             return
         shard, training = f"distributed.shard {self.distributed.shard}", "trains parts of tensors, and cannot go with"
         if self.model.quantization == "int8":

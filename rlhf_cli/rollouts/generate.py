@@ -63,14 +63,15 @@ def _shared(
     own = replace(sampling, stats=Stats(heard=sampling.stats.heard))
     found: dict[int, list[Completed]] = {}
 
-    def work() -> list[float]:
+    def work() -> None:
         with sharding.gathered(policy.base) if sampling.server is None else nullcontext():
             drawn = _sampled(policy, [prompts[i] for i in mine], count, stop_ids, own, seed, [of[i] for i in mine])
         found.update(zip(mine, drawn, strict=True))
-        return own.stats.told()
 
-    for told in processes.together(work, "sampling"):
-        sampling.stats.add(told)
+    processes.together(work, "sampling")
+    told = torch.tensor([own.stats.told()], dtype=torch.float64)  # as many bytes, whatever the clock said
+    for rows in processes.gather_rows(told, "telling of what was sampled"):
+        sampling.stats.add(rows[0].tolist())
     return _everyones(found)
 
 

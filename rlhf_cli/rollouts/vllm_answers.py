@@ -32,20 +32,20 @@ def completions(
     return [_completion(by_index[i], http, prompt, set(stops), sampling, vocabulary) for i in range(count)]
 
 
-def of_prompt(said: Any, http: Http, ids: Sequence[int], count: int) -> list[float]:
-    """Log-probabilities of the last `count` tokens of what was asked. Raises ModelError for anything else."""
-    choices = said.get("choices") if isinstance(said, dict) else None
-    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
-    given = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(given, list) or len(given) != len(ids):
-        raise http.odd(PATH, "no log-probability of each prompt token")
-    if choice.get("prompt_token_ids") not in (None, list(ids)):
+def of_next(said: Any, http: Http, ids: Sequence[int], tokens: Sequence[int]) -> dict[int, float]:
+    """Log-probabilities of these tokens as the next one after `ids`. Raises ModelError for anything else."""
+    try:
+        (choice,) = said["choices"]
+        (given,) = choice["logprobs"]["top_logprobs"]
+        found = {token: given.get(f"token_id:{token}") for token in tokens}
+        asked = choice.get("prompt_token_ids")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise http.odd(PATH, "no log-probabilities of what comes next") from error
+    if asked not in (None, list(ids)):
         raise http.odd(PATH, "the completion of another prompt", "")
-    found = []
-    for token, entry in list(zip(ids, given, strict=True))[len(ids) - count :]:
-        one = entry.get(str(token)) if isinstance(entry, dict) else None
-        found.append(one.get("logprob") if isinstance(one, dict) else None)
-    return [_number(x, http) for x in found]
+    if None in found.values():
+        raise http.odd(PATH, "no log-probability of a label", "vLLM 0.27 and newer know logprob_token_ids: update it")
+    return {token: _number(x, http) for token, x in found.items()}
 
 
 def _completion(

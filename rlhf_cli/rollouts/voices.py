@@ -1,7 +1,8 @@
 """Who answers the questions to a judge: its weights here, or a vLLM server that holds them.
 
-A server is asked for the log-probabilities of prompt tokens: each label stands behind its question, so that labels of
-any length are read exactly, however unlikely they are. Several processes deal the questions out; each is asked once.
+A server is asked what it would write next, and tells the log-probabilities of the labels' first tokens, however
+unlikely they are; where a label has several tokens, it is asked again behind each of them. So labels are read exactly,
+and what a question is asked again comes from the server's prefix cache. Several processes deal the questions out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from rlhf_cli.recipe.settings.judge import JudgeSettings
 from rlhf_cli.rollouts.rewards import Infer
 from rlhf_cli.rollouts.server import Http, key_of
 from rlhf_cli.rollouts.vllm import Server
-from rlhf_cli.rollouts.vllm_answers import PATH, of_prompt
+from rlhf_cli.rollouts.vllm_answers import PATH, of_next
 
 Voice = Callable[[Sequence[Sample]], list[Tensor]]
 """Log-probabilities of the answers' tokens (T,), answer after answer, of each question."""
@@ -74,12 +74,17 @@ class ServedVoice:
                 raise
 
     def _answers(self, question: Sample) -> list[float]:
-        found: list[float] = []
-        for answer in question.completions:
-            ids = np.concatenate([question.prompt, answer.ids]).tolist()
-            said = self.server.http.post(PATH, _request(self.server.model, ids))
-            found += of_prompt(said, self.server.http, ids, len(answer.ids))
-        return found
+        answers = [answer.ids.tolist() for answer in question.completions]
+        steps = [(tuple(ids[:n]), ids[n]) for ids in answers for n in range(len(ids))]
+        found = {before: self._next([*question.prompt.tolist(), *before], [i for b, i in steps if b == before])
+                 for before in dict.fromkeys(before for before, _ in steps)}  # fmt: skip
+        return [found[before][token] for before, token in steps]
+
+    def _next(self, ids: list[int], tokens: list[int]) -> dict[int, float]:
+        """Log-probabilities of such tokens behind these ids."""
+        wanted = sorted(set(tokens))
+        said = self.server.http.post(PATH, _request(self.server.model, ids, wanted))
+        return of_next(said, self.server.http, ids, wanted)
 
 
 def served_voice(settings: JudgeSettings, text: Text, context: int, run: Path) -> ServedVoice:
@@ -92,7 +97,7 @@ def served_voice(settings: JudgeSettings, text: Text, context: int, run: Path) -
                 )  # fmt: skip
     mark = f"rlhf-judge-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:8]}-"
     server = Server(http, run / FOLDER, mark, sleeps=False)
-    server.check(text.source, context + 1)
+    server.check(text.source, context)
     server.model = server.base
     if text.path.kind == "adapter":
         assert text.path.weights is not None
@@ -101,9 +106,11 @@ def served_voice(settings: JudgeSettings, text: Text, context: int, run: Path) -
     return ServedVoice(server, settings.max_batch)
 
 
-def _request(model: str, ids: list[int]) -> dict[str, Any]:
-    """Read these tokens; what is written after them is not looked at."""
+def _request(model: str, ids: list[int], tokens: list[int]) -> dict[str, Any]:
+    """How probable each of some tokens is behind these; the one that is drawn is not looked at."""
     return {
-        "model": model, "prompt": ids, "n": 1, "max_tokens": 1, "temperature": 1.0, "seed": 0, "stream": False,
-        "echo": False, "prompt_logprobs": 0, "add_special_tokens": False, "return_token_ids": True,
+        "model": model, "prompt": ids, "n": 1, "max_tokens": 1, "min_tokens": 0, "stream": False, "echo": False,
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": len(tokens), "logprob_token_ids": tokens,
+        "return_tokens_as_token_ids": True, "add_special_tokens": False, "return_token_ids": True,
     }  # fmt: skip

@@ -19,6 +19,7 @@ from rlhf_cli.data.quarantine import FILE, quarantined
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.models import processes, sharding
 from rlhf_cli.models.base import Text, check_length
+from rlhf_cli.models.levers import check_levers
 from rlhf_cli.models.roles import Role
 from rlhf_cli.models.save import pad_id
 from rlhf_cli.recipe.model_path import read_json
@@ -41,6 +42,7 @@ from rlhf_cli.train.engine import Engine
 def read_data(recipe: Recipe, kind: Data, text: Text, display: Display, **options: Any) -> Prepared:
     """The rows of the recipe as samples, told about, before any model is loaded. Raises DataError, RecipeError."""
     check_length(text, recipe.data.max_length, "data.max_length")
+    check_levers(recipe.model, text.source)
     prepared = prepare(recipe.data, kind, text.template, shelf=open_shelf(recipe, display), **options)
     for line in prepared.report.lines():
         warning = line.removeprefix("warning: ")

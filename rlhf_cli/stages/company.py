@@ -16,6 +16,7 @@ from rlhf_cli.runs.follower import Follower
 from rlhf_cli.runs.place import Place
 
 ALONE = "distributed.shard {}: a single process has nothing to share out"
+NO_CARD = "distributed.cpu_offload: this run computes on the CPU, in whose memory everything is already"
 
 
 def tell_shares(asked: DistributedSettings, base: Base, display: Display) -> None:
@@ -25,6 +26,8 @@ def tell_shares(asked: DistributedSettings, base: Base, display: Display) -> Non
         display.note(f"{processes.count()} processes{shared}")
     if asked.shard != "none":
         display.note(sharding.words(base) if base.shards else ALONE.format(asked.shard))
+    if asked.cpu_offload and not mesh.offloads():
+        display.note(NO_CARD)
 
 
 def open_together(recipe: Work, command: str, resume: str, place: Place, asked: DistributedSettings) -> Run:
@@ -34,7 +37,7 @@ def open_together(recipe: Work, command: str, resume: str, place: Place, asked: 
     `Run.open`, `processes.start`, `mesh.ask` and `sequence.ask` do.
     """
     processes.start(place, asked.timeout)
-    mesh.ask(asked.shard)
+    mesh.ask(asked.shard, offload=asked.cpu_offload)
     sequence.ask(asked.sequence_parallel)
     opened: list[Run] = []
 
@@ -47,3 +50,9 @@ def open_together(recipe: Work, command: str, resume: str, place: Place, asked: 
     if opened:
         return opened[0]
     return Follower(recipe, Decision(status, resume_from=None if path is None else Path(path)))
+
+
+def leave() -> None:
+    """What was opened together is done."""
+    processes.stop()
+    mesh.leave()

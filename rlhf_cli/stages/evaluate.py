@@ -11,6 +11,7 @@ from __future__ import annotations
 from rlhf_cli.errors import ModelError, RecipeError
 from rlhf_cli.models.base import MODELS, check_length, load_text
 from rlhf_cli.models.build import kind_of
+from rlhf_cli.models.levers import check_levers
 from rlhf_cli.recipe.evaluation import JUDGED, SPOKEN, EvalRecipe
 from rlhf_cli.recipe.model_path import Kept
 from rlhf_cli.runs.directory import Run
@@ -36,6 +37,8 @@ def run(recipe: EvalRecipe, run: Run, display: Display, options: Options) -> Non
         )  # fmt: skip
     refuse(recipe, kind)
     check_length(text, recipe.data.max_length, "data.max_length")
+    if recipe.rollout.engine != "vllm":
+        check_levers(recipe.model, text.source)
     if kind == "policy":
         language.run(recipe, text, run, display, options)
     else:

@@ -16,6 +16,7 @@ import numpy as np
 from rlhf_cli.data.completions import Candidate, by_prompt, plain_prompt, read_completions
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.base import check_length, load_text
+from rlhf_cli.models.levers import check_levers
 from rlhf_cli.recipe.data_stages import ScoreRecipe
 from rlhf_cli.report.referee import told
 from rlhf_cli.rollouts.referee import Match, Opinion, Referee, load_referee
@@ -40,6 +41,8 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
     """Have a judge compare completions. Raises RlhfError."""
     assert recipe.judge is not None
     text = load_text(recipe.judge.model)
+    if recipe.judge.engine != "vllm":
+        check_levers(recipe.judge.model, text.source)
     referee = load_referee(recipe.judge, text)
     data = recipe.data
     found = read_completions(data.completions, data.on_bad_row, data.max_bad_rows, scored=False)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,7 @@ from rlhf_cli.models.sizing import gathered_bytes
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.stages import plan_rows
 from rlhf_cli.stages.plan_model import Model, Target, look_at
-from rlhf_cli.stages.plan_roles import Part, cut_of
+from rlhf_cli.stages.plan_roles import Part, Standing, cut_of
 from rlhf_cli.stages.plan_traffic import AT_ONCE, GRADIENT, Traffic
 from rlhf_cli.stages.plan_work import Data, Demand, Use, demand, read, tokens_of, use
 from rlhf_cli.train.fitting import SHARE, layers_to_recompute, tokens_that_fit
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, vram: float | None, *, timed: bool, world: int = 1, bes
     machine has. Raises RlhfError."""
     cut_of(recipe, world, beside)
     plan_rows.check(recipe, world)
-    target = replace(_target(vram, world), beside=beside)
+    target = _target(vram, world, beside)
     text = load_text(recipe.model, weights=False)
     data = read(recipe, text)
     model = look_at(recipe, text, data, target, timed=timed)
@@ -87,22 +87,22 @@ def plan(recipe: Recipe, vram: float | None, *, timed: bool, world: int = 1, bes
     return Plan(recipe, target, text, data, model, estimate, seconds, weightless, sent)
 
 
-def _target(vram: float | None, world: int) -> Target:
+def _target(vram: float | None, world: int, beside: int | None) -> Target:
     device = pick_device()
     if vram is not None:
-        return Target("cuda", int(vram * 2**30), True, world)
+        return Target("cuda", int(vram * 2**30), True, world, beside)
     if device.type == "cuda":
-        return Target("cuda", torch.cuda.get_device_properties(device).total_memory, False, world)
-    return Target("cpu", memory.room(device) // world + memory.resident(), False, world)
+        return Target("cuda", torch.cuda.get_device_properties(device).total_memory, False, world, beside)
+    return Target("cpu", memory.room(device) // (beside or world) + memory.resident(), False, world, beside)
 
 
 def traffic(recipe: Recipe, data: Data, model: Model, estimate: Estimate, world: int) -> Traffic:
     """The terms for a step of this recipe."""
-    stand = model.standing
-    matrices = gathered_bytes(model.outline, recipe.model.quantization, model.cut) if model.cut > 1 else 0
+    stand, parts = model.standing, model.cut.processes
+    matrices = gathered_bytes(model.outline, recipe.model.quantization, parts) if parts > 1 else 0
     often, again = estimate.demand.rounds, estimate.recomputed / max(model.layers, 1)
     shared = plan_rows.rows(recipe, data, use(recipe), model.outline, estimate.budget, again, world)
-    return Traffic(world, model.cut, stand.replicated, stand.spread, matrices, often, data.updates / data.steps, shared)
+    return Traffic(world, parts, stand.replicated, stand.spread, matrices, often, data.updates / data.steps, shared)
 
 
 # --- what it adds up to ----------------------------------------------------------------------------------------------
@@ -125,35 +125,53 @@ def estimated(recipe: Recipe, data: Data, model: Model, target: Target) -> Estim
         Part("all", "gradients", stand.gradients, "counted"), training[1],
         Part("all", "gradient of the embeddings", round(tail) + stand.embedding, "counted"),
     ]  # fmt: skip
-    if model.cut > 1:
+    if model.cut.parted:
         training += _whole_layers(recipe, model, trained=stand.spread > 0)
     moments: dict[str, list[Part]] = {"training": training, "end of the backward pass": ending}
     if target.kind == "cpu":
-        moments["loading"] = [Part("all", "checks of the largest tensor", _checked(stand.largest), "counted")]
-        check = Part("all", "checks of the largest tensor", _checked(stand.largest_trained), "counted")
-        moments["saving"] = [training[1], check]
         held = Part("all", "freed activations kept by the C library", max(round(start) - KEPT, 0), "assumed")
-        moments["saving"] += [held] if stand.largest_trained > MAPPED else []
         ending += [held] if stand.embedding > MAPPED else []
+        moments |= {"loading": _loading(model), "saving": [training[1], *_saving(stand, held)]}
+        whole = Part("process 0", "weights, brought together", stand.together, "counted")
+        moments |= {"writing the model": [training[1], whole]} if stand.together else {}
     if isinstance(recipe, PPORecipe) and model.prefill is not None:
         moments |= _sampling(recipe, data, model, training[1])
     common = [Part("all", "before there is a model", model.idle, "measured" if target.kind == "cpu" else "assumed")]
     common += [Part("all", "freed memory kept by the C library", KEPT, "assumed")] if target.kind == "cpu" else []
     common += [Part("policy", "pages of its file that stay", model.mapped, "counted")] if model.mapped else []
-    common += stand.parts
-    sums = {name: sum(p.bytes for p in [*common, *own]) for name, own in moments.items()}
-    if "loading" in sums:
-        sums["loading"] += stand.loading - sum(p.bytes for p in stand.parts[1:])
-    largest = max(sums, key=lambda name: sums[name])
-    return Estimate((*common, *moments[largest]), sums, budget, recomputed, wanted)
+    roles = {name: stand.parts[: 1 if name == "loading" else None] for name in moments}
+    every = {name: (*common, *roles[name], *own) for name, own in moments.items()}
+    sums = {name: sum(p.bytes for p in those) for name, those in every.items()}
+    return Estimate(every[max(sums, key=lambda name: sums[name])], sums, budget, recomputed, wanted)
 
 
 def _whole_layers(recipe: Recipe, model: Model, *, trained: bool) -> list[Part]:
     """Of layers that are held in parts, those that are gathered at once, and the gradient of one."""
     of, packing = model.outline, recipe.model.quantization
-    parts = [Part("all", "layers gathered at once", gathered_bytes(of, packing, model.cut, AT_ONCE), "assumed")]
-    size = GRADIENT * gathered_bytes(of, packing, model.cut, 1) // of.dtype.itemsize
+    cut, once = model.cut.processes, AT_ONCE
+    parts = [Part("all", "layers gathered at once", gathered_bytes(of, packing, cut, once), "assumed")]
+    if model.cut.away:
+        copied = sizing.parts_bytes(of, packing, cut) * min(once, model.layers) // max(model.layers, 1)
+        parts.append(Part("all", "parts of them, copied from main memory", copied, "assumed"))
+    size = GRADIENT * gathered_bytes(of, packing, cut, 1) // of.dtype.itemsize
     return [*parts, Part("all", "gradients of a layer, whole", size, "assumed")] if trained else parts
+
+
+def _loading(model: Model) -> list[Part]:
+    """In main memory, while the first base is read."""
+    stand = model.standing
+    parts = [Part("all", "checks of the largest tensor", _checked(stand.largest), "counted")]
+    if stand.loading:
+        parts.append(Part("all", "weights whole, until they are shared out", stand.loading, "counted"))
+    if model.filed:
+        parts.append(Part("all", "file of the weights, read in another dtype", model.filed, "counted"))
+    return parts
+
+
+def _saving(stand: Standing, held: Part) -> list[Part]:
+    """In main memory, while a checkpoint is written. held: what is freed and was not given back."""
+    parts = [Part("all", "checks of the largest tensor", _checked(stand.largest_trained), "counted")]
+    return [*parts, held] if stand.largest_trained > MAPPED else parts
 
 
 def _checked(size: int) -> int:
@@ -200,8 +218,8 @@ def _footprint(model: Model) -> Footprint:
 def _sampling(recipe: PPORecipe, data: Data, model: Model, optimiser: Part) -> dict[str, list[Part]]:
     """The prompts whole, and then a token a row with all keys and values; layers held in parts are gathered for it."""
     assert model.prefill is not None
-    size = gathered_bytes(model.outline, recipe.model.quantization, model.cut)
-    gathered = [Part("policy", "layers gathered", size, "counted")] if model.cut > 1 else []
+    size = gathered_bytes(model.outline, recipe.model.quantization, model.cut.processes)
+    gathered = [Part("policy", "layers gathered", size, "counted")] if model.cut.parted else []
     rollout, config = recipe.rollout, model.outline.model.config
     each = min(rollout.completions_per_prompt, rollout.max_batch)
     first = {s.prompt.tobytes(): s for one in data.deals[: recipe.ppo.mini_batches] for s in one}

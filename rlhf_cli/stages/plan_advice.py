@@ -81,6 +81,10 @@ def _ladder(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
         yield lora, "an adapter is trained instead of all weights"
     if recipe.model.quantization == "none":
         yield (*lora, "model.quantization=nf4"), "frozen weights in 4 bits, slower"
+    if plan.target.kind == "cuda" and recipe.model.quantization != "int8" and not recipe.distributed.cpu_offload:
+        shard = ("distributed.shard=full",) if recipe.distributed.shard == "none" else ()
+        words = f"{same}, slower: layers come from main memory, whose optimiser steps on the CPU"
+        yield (*shard, "distributed.cpu_offload=true"), words
     longest = recipe.data.max_length // 2
     while longest >= SHORTEST:
         yield (f"data.max_length={longest}",), "longer examples are left out"

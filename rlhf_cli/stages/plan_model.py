@@ -18,7 +18,7 @@ from rlhf_cli.models.shortened import Measured, head_seconds, measure, role_of, 
 from rlhf_cli.recipe.schema import PPORecipe, Recipe
 from rlhf_cli.rollouts.prefill import Prefill, prefill
 from rlhf_cli.stages import plan_rows
-from rlhf_cli.stages.plan_roles import Standing, cut_of, standing
+from rlhf_cli.stages.plan_roles import Cut, Standing, cut_of, standing
 from rlhf_cli.stages.plan_work import Data, demand, use
 
 CONTEXT = 512 * 2**20
@@ -61,12 +61,13 @@ class Model:
     layers: int
     mapped: int
     """Bytes of quantised matrices as their file has them: it stays mapped for the tensors that are used as they lie."""
-    cut: int = 1
-    """Processes that share its layers out among themselves."""
+    cut: Cut
+    filed: int = 0
+    """Bytes of its file, where its numbers are read in another dtype: it is mapped until all of them are."""
 
     def standing_of(self, recipe: Recipe, text: Text, target: Target) -> Model:
         """The same for a recipe that loads its model alike."""
-        cut = cut_of(recipe, target.world, target.beside)
+        cut = _cut(recipe, target)
         return replace(self, standing=standing(recipe, text, self.outline, use(recipe), cut), cut=cut)
 
 
@@ -99,11 +100,18 @@ def look_at(recipe: Recipe, text: Text, data: Data, target: Target, *, timed: bo
     gc.collect()
     memory.give_back()
     idle = memory.resident() if target.kind == "cpu" else CONTEXT
-    cut = cut_of(recipe, target.world, target.beside)
+    cut = _cut(recipe, target)
     stand = standing(recipe, text, outline, how, cut)
     as_filed = target.kind == "cpu" and getattr(text.config, "dtype", None) == dtype
-    mapped = stand.weights.quantised * dtype.itemsize if as_filed and cut == 1 else 0
-    return Model(outline, stand, measured, found, idle, seconds, layers, mapped, cut)
+    mapped = stand.weights.quantised * dtype.itemsize if as_filed and not cut.parted else 0
+    own, kept = getattr(text.config, "dtype", None), torch.float32 if recipe.lora is None else dtype
+    filed = 0 if own is None or own == kept else stand.weights.numbers * own.itemsize
+    return Model(outline, stand, measured, found, idle, seconds, layers, mapped, cut, filed)
+
+
+def _cut(recipe: Recipe, target: Target) -> Cut:
+    away = recipe.distributed.cpu_offload and target.kind == "cuda"
+    return Cut(cut_of(recipe, target.world, target.beside), away)
 
 
 def _assumed(recipe: Recipe, target: Target) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from rlhf_cli.models.gate import ADAPTER, header
 from rlhf_cli.models.sizing import Weights
 from rlhf_cli.recipe.model_path import resolve_model
 from rlhf_cli.recipe.schema import PPORecipe, Recipe, RewardRecipe
+from rlhf_cli.recipe.settings.model import Quantization
 from rlhf_cli.stages.plan_work import Use
 from rlhf_cli.train.optim import state_bytes
 
@@ -30,6 +31,37 @@ class Part(NamedTuple):
     what: str
     bytes: int
     how: str
+
+
+class Away(Part):
+    """The same of main memory."""
+
+
+class Cut(NamedTuple):
+    """How the layers of a base are held."""
+
+    processes: int
+    """That share them out among themselves."""
+    away: bool = False
+    """Whether their shares lie in main memory."""
+
+    @property
+    def parted(self) -> bool:
+        """Whether a layer is gathered when its turn comes."""
+        return self.processes > 1 or self.away
+
+    def spared(self, base: Base, packing: Quantization) -> int:
+        """Bytes of the layers that the device does not hold."""
+        if not self.parted:
+            return 0
+        here = sizing.parts_bytes(base, packing, self.processes) if self.away else 0
+        return sizing.saved(base, packing, self.processes) + here
+
+    def of(self, role: str, what: str, size: int, base: Base, packing: Quantization) -> Iterator[Part]:
+        """Where weights of so many bytes in all lie."""
+        yield Part(role, what, size - self.spared(base, packing), "counted")
+        if self.away:
+            yield Away(role, what, sizing.parts_bytes(base, packing, self.processes, pinned=True), "counted")
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,10 @@ class Standing:
     """Numbers that are trained whole by every process."""
     spread: int
     """Numbers that are trained in parts, every part filled up to the largest."""
+    together: int = 0
+    """Bytes of weights that are trained in parts, whole: process 0 writes the trained model alone."""
+    away: tuple[Part, ...] = ()
+    """What lies in main memory instead (distributed.cpu_offload); not in any of the other figures."""
 
     @property
     def fixed(self) -> int:
@@ -65,17 +101,19 @@ class Standing:
         return sum(part.bytes for part in self.parts)
 
 
-def standing(recipe: Recipe, text: Text, outline: Base, use: Use, cut: int = 1) -> Standing:
-    """All roles of the recipe, as one of `cut` processes that share layers out holds them. Raises ModelError for a
-    missing model."""
+def standing(recipe: Recipe, text: Text, outline: Base, use: Use, cut: Cut) -> Standing:
+    """All roles of the recipe, as one process holds them. Raises ModelError for a missing model."""
     packing = recipe.model.quantization
     found = sizing.weights(outline, packing)
     name = "reward" if isinstance(recipe, RewardRecipe) else "policy"
     words = packing if packing != "none" else str(_dtype(outline))[6:]
-    less = sizing.saved(outline, packing, cut) if cut > 1 else 0
-    parts = [Part(name, f"weights, {words}", found.bytes - less, "counted")]
-    whole, matrices = _trained(recipe, outline, use), sizing.layer_matrices(outline)
-    learned = [sizing.part(p, cut) if cut > 1 and id(p) in matrices else p for p in whole]
+    less = cut.spared(outline, packing)
+    parts = [*cut.of(name, f"weights, {words}", found.bytes, outline, packing)]
+    whole = _trained(recipe, outline, use)
+    shared = sizing.layer_matrices(outline) if cut.parted else {}
+    split = [sizing.part(p, cut.processes) for p in whole if id(p) in shared]
+    kept = [p for p in whole if id(p) not in shared]
+    learned = kept if cut.away else kept + split
     learners = {name: learned}
     hidden = outline.model.config.get_text_config().hidden_size
     own = 0 if recipe.lora is None else sizing.nbytes(learned)
@@ -88,20 +126,33 @@ def standing(recipe: Recipe, text: Text, outline: Base, use: Use, cut: int = 1) 
             learners[critic] = [*learned, *_head(1, hidden)]
             size = sizing.nbytes(learners[critic])
             parts.append(Part(critic, "adapter and head" if recipe.lora else "weights, float32", size, "counted"))
+            if cut.away and split:
+                parts.append(Away(critic, "weights, float32", _pinned(split), "counted"))
+    if cut.away and split:
+        states_away = len(learners) * sum(state_bytes(p, recipe.training) for p in split)
+        parts.append(Away("all", "gradients", _pinned(split), "counted"))
+        parts.append(Away("all", f"optimiser, {recipe.training.optimizer}", states_away, "counted"))
     states = [sum(state_bytes(p, recipe.training) for p in those) for those in learners.values()]
     gradients = [sizing.nbytes(those) for those in learners.values()]
     full = recipe.lora is None
     embedding, head = outline.model.get_input_embeddings(), outline.model.get_output_embeddings()
     extra = max((p.numel() for those in learners.values() for p in those), default=0)
     trained = sum(p.numel() for p in whole) * len(learners) + (hidden + 1) * (len(learners) - 1)
-    spread = sum(cut * sizing.part(p, cut).numel() for p in whole if cut > 1 and id(p) in matrices) * len(learners)
-    packed = found.quantised * _dtype(outline).itemsize if cut > 1 else 0  # plain until each layer is shared out
-    apart = sum(p.numel() for p in whole if cut > 1 and id(p) in matrices) * len(learners)
+    spread = cut.processes * sum(p.numel() for p in split) * len(learners)
+    plain = sizing.weights(outline, "none").bytes  # until each layer is quantised and shared out
+    apart = sum(p.numel() for p in whole if id(p) in shared) * len(learners)
+    together = outline.dtype.itemsize * sum(p.numel() for p in whole if id(p) in shared and cut.processes > 1)
     return Standing(
-        tuple(parts), max(gradients), sizing.nbytes(head.parameters()) if full and not use.outputs else 0,
+        tuple(p for p in parts if not isinstance(p, Away)), max(gradients),
+        sizing.nbytes(head.parameters()) if full and not use.outputs else 0,
         sizing.nbytes(embedding.parameters()) if full else 0, sum(states), found.largest, 4 * extra, found,
-        trained, trained if recipe.lora is not None else 0, less + packed, trained - apart, spread,
+        trained, trained if recipe.lora is not None else 0, plain - found.bytes + less if cut.parted else 0,
+        trained - apart, spread, together, tuple(p for p in parts if isinstance(p, Away)),
     )  # fmt: skip
+
+
+def _pinned(split: Iterable[torch.Tensor]) -> int:
+    return sum(sizing.pinned_bytes(sizing.nbytes([p])) for p in split)
 
 
 def cut_of(recipe: Recipe, world: int, beside: int | None) -> int:
@@ -143,31 +194,31 @@ def _head(outputs: int, hidden: int, *, bias: bool = True) -> list[nn.Parameter]
     return list(nn.Linear(hidden, outputs, bias=bias, device="meta").parameters()) if outputs else []
 
 
-def _reference(recipe: Recipe, text: Text, outline: Base, own: int, cut: int) -> Iterator[Part]:
+def _reference(recipe: Recipe, text: Text, outline: Base, own: int, cut: Cut) -> Iterator[Part]:
     if not isinstance(recipe, PPORecipe) and "reference" not in data_needs(recipe)[1]:
         return
     named = getattr(recipe, "reference", None)
     if named is not None:
         yield from _frozen("reference", named, recipe, text, outline, cut)
     elif recipe.lora is None:
-        numbers = sum(p.numel() for p in outline.model.parameters())
-        numbers -= sizing.saved(outline, "none", cut) // _dtype(outline).itemsize
-        size = numbers * outline.dtype.itemsize
-        yield Part("reference", f"a frozen copy, {str(outline.dtype)[6:]}", size, "counted")
+        kept, size = _dtype(outline).itemsize, outline.dtype.itemsize
+        every = kept * sum(p.numel() for p in outline.model.parameters())
+        for one in cut.of("reference", f"a frozen copy, {str(outline.dtype)[6:]}", every, outline, "none"):
+            yield one._replace(bytes=one.bytes // kept * size)
     elif text.path.kind == "adapter" or (isinstance(recipe, PPORecipe) and recipe.ppo.reference_update is not None):
         yield Part("reference", "a frozen copy of the adapter", own, "counted")
     else:
         yield Part("reference", "the policy with its adapter off", 0, "counted")
 
 
-def _rewards(recipe: PPORecipe, text: Text, outline: Base, cut: int) -> Iterator[Part]:
+def _rewards(recipe: PPORecipe, text: Text, outline: Base, cut: Cut) -> Iterator[Part]:
     for i, reward in enumerate(recipe.rewards):
         if reward.run is not None:
             role = f"reward {i}" if len(recipe.rewards) > 1 else "reward"
             yield from _frozen(role, reward.run, recipe, text, outline, cut)
 
 
-def _frozen(role: str, name: str, recipe: Recipe, text: Text, outline: Base, cut: int) -> Iterator[Part]:
+def _frozen(role: str, name: str, recipe: Recipe, text: Text, outline: Base, cut: Cut) -> Iterator[Part]:
     """Another model: an adapter on the policy's base, or a base of its own."""
     path = resolve_model(name, weights=False)
     settings = recipe.model.model_copy(update={"name_or_path": name, "revision": None})
@@ -183,8 +234,7 @@ def _frozen(role: str, name: str, recipe: Recipe, text: Text, outline: Base, cut
         return
     base = sizing.outline(other, settings, outline.dtype, None, trained=False)
     packing = recipe.model.quantization
-    size = sizing.weights(base, packing).bytes - (sizing.saved(base, packing, cut) if cut > 1 else 0)
-    yield Part(role, "weights of its own", size, "counted")
+    yield from cut.of(role, "weights of its own", sizing.weights(base, packing).bytes, base, packing)
 
 
 def _adapter_file(folder: Path | None) -> int:

@@ -7,8 +7,8 @@ N processes, each telling of itself:
 - of layers held in parts by P processes (`full`: P = N; `hybrid`: those of a machine) the matrices are gathered for
   each micro-batch's forward pass and again for its backward pass, and gradients of those that are trained are added up
   and dealt out after it, in float32: of each, (P - 1) / P is sent;
-- with `hybrid` each of the C = N / P machines then adds up the gradients of its parts with the others, micro-batch by
-  micro-batch: of a P-th of them, a ring sends 2 (C - 1) / C;
+- with `hybrid` each of the C = N / P machines then adds up the gradients of its parts with the others, once a step, in
+  float32: of a P-th of them, a ring sends 2 (C - 1) / C;
 - where several share the tokens of each row, what stages/plan_rows.py says.
 """
 
@@ -74,7 +74,7 @@ class Traffic:
     @property
     def copied(self) -> float:
         """Bytes of gradients of parts that it sends to other machines: `distributed/copied_bytes`."""
-        own = self.updates * self.micro_batches * GRADIENT * self.spread / self.parts
+        own = self.updates * GRADIENT * self.spread / self.parts
         return 2 * own * (self.copies - 1) / self.copies
 
     @property

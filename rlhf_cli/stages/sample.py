@@ -21,6 +21,7 @@ from rlhf_cli.models import processes
 from rlhf_cli.models.base import Text, check_length, load_text
 from rlhf_cli.models.build import load_frozen, quantization_of
 from rlhf_cli.models.device import micro_batch_range
+from rlhf_cli.models.levers import check_levers
 from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.data_stages import SampleRecipe
 from rlhf_cli.recipe.principles import read_principles
@@ -50,6 +51,8 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     """Sample completions of prompts. Raises RlhfError."""
     text = load_text(recipe.model)
     check_length(text, recipe.data.max_length, "data.max_length")
+    if recipe.rollout.engine != "vllm":
+        check_levers(recipe.model, text.source)
     data = read_prompts(recipe, text, display)
     sampling = Sampling.of(recipe.rollout, text.template)
     checked = check_rewards(recipe.rewards, recipe.model, text, data.tasks_train, recipe.data.max_length)

@@ -19,6 +19,7 @@ from rlhf_cli.data.tokens import Completion, Sample, length
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.models.base import Text, load_text
 from rlhf_cli.models.device import micro_batch_range, pick_device
+from rlhf_cli.models.levers import check_levers
 from rlhf_cli.recipe.data_stages import ScoreRecipe
 from rlhf_cli.rollouts.loading import check_rewards, open_rewards
 from rlhf_cli.rollouts.places import retokenise
@@ -42,6 +43,8 @@ def run(recipe: ScoreRecipe, run: Run, display: Display, options: Options) -> No
         return
     assert recipe.model is not None
     text = load_text(recipe.model)
+    if any(reward.run is not None for reward in recipe.rewards):
+        check_levers(recipe.model, text.source)
     data = recipe.data
     found = read_completions(data.completions, data.on_bad_row, data.max_bad_rows, scored=False)
     if text.template.chat is None and any(not isinstance(item.prompt, str) for item in found.items):

@@ -1,21 +1,21 @@
 """Checkpoints on disk: whole or absent, no pickle, every byte accounted for.
 
 A checkpoint is a folder `step-NNNNNN` of safetensors files, `state.json` and `manifest.json` (runs/manifest.py). It is
-written under a hidden name, brought to the disk, verified, and only then takes its name in one step.
+written under a hidden name, brought to the disk, verified, and only then takes its name in one step. A group of tensors
+is `GROUP.safetensors`; of tensors that several processes hold in parts, each writes its own into
+`GROUP.1-of-2.safetensors`, rows after rows, and who reads them finds them whole.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf_cli.runs.display import Display
 
 STATE = "state.json"
+_PART = re.compile(r"(?P<group>[\w-]+)\.(\d+)-of-\d+\.safetensors")
 _SLACK = 2**20
 """Bytes kept free beyond what is counted: manifest, folders, block rounding."""
 
@@ -42,22 +43,89 @@ class Checkpoint:
     state: dict[str, Any]
     """What was given to `save`, with every int and float exact."""
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a group, on the CPU, free of the file. Raises ModelError when there is no such group."""
+    def tensors(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a group. Raises ModelError when there is no such group."""
         path = self.path / f"{name}.safetensors"
         if not path.is_file():
             raise ModelError(f"holds no tensors called '{name}'", str(self.path), "it belongs to another kind of run")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        found = {int(m[2]): p for p in self.path.iterdir() if (m := _PART.fullmatch(p.name)) and m["group"] == name}
+        return Stored([path, *(found[i] for i in sorted(found))])
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors of files, whole and on the CPU: each is read when it is asked for, free of the file then."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """files: in the order of the rows, where several hold a tensor."""
+        self._files: dict[str, list[Path]] = {}
+        for path in files:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for key in file.keys():  # noqa: SIM118
+                    self._files.setdefault(key, []).append(path)
+
+    def __getitem__(self, key: str) -> Tensor:
+        read: list[Tensor] = []
+        for path in self._files[key]:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                read.append(file.get_tensor(key).clone())
+        return read[0] if len(read) == 1 else torch.cat(read)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+Files = dict[str, tuple[int, str]]
+"""Name -> size and SHA-256."""
+Tensors = dict[str, dict[str, Tensor]]
+"""Group -> name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What several processes have written of a checkpoint that is to come."""
+
+    folder: Path
+    files: Files
+
+
+def begin(folder: Path, name: str, size: int) -> Path:
+    """An empty folder for parts of so many bytes in all, which nobody takes for a checkpoint; the caller holds the
+    run's lock. Raises ModelError when the disk is full or fails."""
+    place = temporary(folder / f"{name}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.tidy(folder)
+        _require_space(folder, size)
+        place.mkdir()
+    except OSError as error:
+        raise disk_error(
+            error, f"checkpoint {name} could not be saved", folder / name, _what_remains(folder)
+        ) from error
+    return place
+
+
+def write_parts(place: Path, tensors: Tensors, number: int, count: int) -> Files:
+    """Write part `number` (from 1) of `count` into the folder that `begin` made. Raises ModelError."""
+    try:
+        return {file: write_new(place / file, safetensors_parts(members)) for group, members in tensors.items()
+                for file in [f"{group}.{number}-of-{count}.safetensors"]}  # fmt: skip
+    except OSError as error:
+        raise disk_error(
+            error, "a part of a checkpoint could not be saved", place, _what_remains(place.parent)
+        ) from error
 
 
 def save(
     folder: Path,
     name: str,
-    tensors: dict[str, dict[str, Tensor]],
+    tensors: Tensors,
     state: dict[str, Any],
     keep: int,
     spare: int | None = None,
+    parts: Parts | None = None,
 ) -> Path:
     """Write a checkpoint, then delete old ones.
 
@@ -68,6 +136,7 @@ def save(
         state: None, bool, int, float, str, lists and dicts of them.
         keep: how many checkpoints stay. Those of later steps go too: the run has left them behind.
         spare: an earlier step whose checkpoint stays as well.
+        parts: files that belong to it too; they are moved into it, and gone when that fails.
 
     Returns:
         Its folder. Raises TypeError for other types in `state`, ModelError when the disk is full or fails; the former
@@ -81,10 +150,11 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
-        manifest.tidy(folder)
+        if parts is None:
+            manifest.tidy(folder)
         _require_space(folder, len(text) + sum(safetensors_size(group) for group in tensors.values()))
         try:
-            _write(draft, name, tensors, text)
+            _write(draft, name, tensors, text, parts)
             if not target.exists():
                 os.rename(draft, target)
         except BaseException:
@@ -94,6 +164,9 @@ def save(
         retire(folder, target, keep, spare)
     except OSError as error:
         raise disk_error(error, f"checkpoint {name} could not be saved", target, _what_remains(folder)) from error
+    finally:
+        if parts is not None:
+            remove_quietly(parts.folder)
     return target
 
 
@@ -114,12 +187,16 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, read_json(path / STATE))
 
 
-def _write(draft: Path, name: str, tensors: dict[str, dict[str, Tensor]], text: bytes) -> None:
+def _write(draft: Path, name: str, tensors: Tensors, text: bytes, parts: Parts | None) -> None:
     """Write every file of a checkpoint, the manifest last, bring them to the disk and read them back."""
     draft.mkdir()
     files = {STATE: write_new(draft / STATE, [text])}
     for group, members in tensors.items():
         files[f"{group}.safetensors"] = write_new(draft / f"{group}.safetensors", safetensors_parts(members))
+    if parts is not None:
+        for file in parts.files:
+            os.rename(parts.folder / file, draft / file)
+        files |= parts.files
     write_new(draft / manifest.MANIFEST, [manifest.encode(name, files)])
     sync_folder(draft)
     if reason := manifest.fault(draft, name):
@@ -171,130 +248,3 @@ def _what_remains(folder: Path) -> str:
         if not manifest.fault(path):
             return f"the last whole checkpoint is {path}; {advice}"
     return f"there is no whole checkpoint yet; {advice}"
-
-
-def save_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a torch or bitsandbytes optimiser.
-
-    Returns:
-        Tensors called `INDEX.KEY` (index of the parameter over all groups), in the dtype they are kept in and not
-        copied, and JSON: the settings of the groups, shapes of the parameters, and the values that are not tensors.
-        Raises TypeError for a state that is neither.
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, parameter in _parameters(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                values.setdefault(str(index), {})[key] = _plain(value, f"{index}.{key}")
-    groups = [
-        {key: _plain(value, key) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
-    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    return tensors, {"groups": groups, "shapes": shapes, "values": values}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Put what `save_optimizer` returned into an optimiser over the same parameters, in the same order.
-
-    Raises ModelError when the parameters are not the same.
-    """
-    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    if shapes != state["shapes"]:
-        raise ModelError(
-            "the optimiser in the checkpoint belongs to other parameters than the model has",
-            hint="resume with the model and the adapter settings the run started with",
-        )
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        for key, value in saved.items():
-            group[key] = _restored(value, group.get(key))
-    entries: dict[int, dict[str, Any]] = {int(index): dict(found) for index, found in state["values"].items()}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.state.clear()
-    for place, parameter in _parameters(optimizer):
-        if place in entries:
-            _fill(optimizer, place, parameter, entries[place])
-
-
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The generators of Python, numpy, torch and every visible GPU."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert name == "MT19937", name
-    tensors = {"numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [int(position), int(has_gauss), float(cached)],
-    }
-    return tensors, state
-
-
-def set_random_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned; generators of GPUs that are not there are left out."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, Tensor]]:
-    return enumerate(p for group in optimizer.param_groups for p in group["params"])
-
-
-def _fill(optimizer: torch.optim.Optimizer, index: int, parameter: Tensor, entries: dict[str, Any]) -> None:
-    """Write the state of one parameter. Past `load_state_dict`, which casts to the parameter's dtype."""
-    state = optimizer.state[parameter]
-    group, position = _place(optimizer, index)
-    if getattr(optimizer, "is_paged", False):
-        optimizer.init_state(optimizer.param_groups[group], parameter, group, position)  # type: ignore[attr-defined]
-    for key, value in entries.items():
-        if not isinstance(value, Tensor):
-            state[key] = value
-        elif getattr(state.get(key), "is_paged", False):
-            state[key].copy_(value)
-        else:
-            state[key] = value.to(_device(optimizer.param_groups[group], key, parameter), copy=True)
-
-
-def _place(optimizer: torch.optim.Optimizer, index: int) -> tuple[int, int]:
-    """Group and position within it of the parameter with that index."""
-    for number, group in enumerate(optimizer.param_groups):
-        if index < len(group["params"]):
-            return number, index
-        index -= len(group["params"])
-    raise IndexError(index)
-
-
-def _device(group: dict[str, Any], key: str, parameter: Tensor) -> torch.device:
-    """Step counters stay on the CPU unless the kernel reads them on the device, as torch itself has it."""
-    if key == "step" and not (group.get("capturable") or group.get("fused")):
-        return torch.device("cpu")
-    return parameter.device
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A setting as JSON: tuples become lists, tensors of one number that number."""
-    if isinstance(value, Tensor):
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [_plain(inner, where) for inner in value]
-    if value is not None and type(value) not in {bool, int, float, str}:
-        raise TypeError(f"optimiser state {where} is {type(value).__name__}, which a checkpoint cannot hold")
-    return value
-
-
-def _restored(saved: Any, present: Any) -> Any:
-    """A setting in the type that the optimiser keeps it in."""
-    if isinstance(present, Tensor):
-        return torch.full_like(present, saved)
-    return tuple(saved) if isinstance(present, tuple) else saved

@@ -231,6 +231,7 @@ class Engine:
             self.halt()
         if self.signals.caught is not None and not done:
             raise self.signals.interrupted(f"step {self.step}, checkpoint written")
+        traffic.take()  # what is told between two steps is of none, so that a resumed run counts alike
 
     def _hear(self) -> None:
         """A signal that one of several processes caught is meant for all."""
@@ -257,8 +258,7 @@ class Engine:
     def save(self) -> None:
         """A whole checkpoint of this moment, of all processes."""
         processes.same(self._weights(), f"comparing weights after step {self.step}")
-        found = snapshot.gather(self)
-        processes.first(lambda: snapshot.save(self, found), f"saving step {self.step}")
+        snapshot.save(self)
 
     def _weights(self) -> list[float]:
         """A number of each thing that is trained, which is another when its weights are."""

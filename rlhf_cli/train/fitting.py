@@ -20,7 +20,7 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.model_path import read_json
 from rlhf_cli.runs import manifest
 from rlhf_cli.runs.directory import Run
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, states
 from rlhf_cli.train.engine import Engine
 from rlhf_cli.train.optim import state_bytes
 
@@ -43,14 +43,15 @@ def tokens_that_fit(each: float, fixed: float, free: float, allowed: Tokens) -> 
 
 
 def owed(role: Role, engine: Engine) -> int:
-    """Bytes that will be taken beside the activations: gradients and optimiser of all that is trained, and where a
-    whole model is trained a frozen copy to compare it with."""
-    training = engine.recipe.training
+    """Bytes that will be taken on the device beside the activations: gradients and optimiser of all that is trained,
+    and where a whole model is trained a frozen copy to compare it with."""
+    training, base = engine.recipe.training, role.base
     trained = [p for learner in engine.learners.values() for _, p in learner.role.parameters]
-    parts = [torch.nn.Parameter(sharding.held(p)) for p in trained]
+    parts = [torch.nn.Parameter(own) for own in map(sharding.held, trained) if own.device.type == base.device.type]
     total = sum(p.numel() * p.element_size() + state_bytes(p, training) for p in parts)
     if role.adapter is None:
-        total += sum(sharding.held(p).numel() for p in role.base.model.parameters()) * role.base.dtype.itemsize
+        every = [own for own in map(sharding.held, base.model.parameters()) if own.device.type == base.device.type]
+        total += sum(own.numel() for own in every) * base.dtype.itemsize
     return total
 
 
@@ -60,7 +61,7 @@ def settle(engine: Engine) -> None:
     selective, automatic = recipe.model.gradient_checkpointing == "auto", recipe.training.micro_batch_tokens == "auto"
     if not selective and not automatic:
         return
-    generators = checkpoint.random_state()
+    generators = states.random_state()
     device, longest = role.base.device, recipe.data.max_length
     allowed = micro_batch_range(device)
     free = memory.room(device) * SHARE[device.type] - owed(role, engine)
@@ -75,7 +76,7 @@ def settle(engine: Engine) -> None:
     if automatic:
         engine.budget = _resumed(engine.run) or _fitting(engine, role, needs, free, allowed)
         engine.budget = min(processes.gather(engine.budget, "agreeing on micro-batches"))
-    checkpoint.set_random_state(*generators)
+    states.set_random_state(*generators)
     engine.display.note(
         f"micro-batches of {engine.budget} tokens, activations of {checkpointing.recomputed(role.base.model)} of "
         f"{needs.layers} layers recomputed"

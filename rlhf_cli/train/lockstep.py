@@ -50,8 +50,10 @@ def together(base: Base, work: Callable[[], Any], doing: str, *, trains: bool = 
     except RuntimeError as error:
         if not memory.ran_out(error):
             raise
+        why = "no process can repeat alone what several compute together"
+        why = why if processes.count() > 1 else "a pass through layers that lie in main memory cannot be repeated"
         raise ModelError(
-            f"out of memory while {doing}, and no process can repeat alone what several compute together",
+            f"out of memory while {doing}, and {why}",
             *(TRAINING if trains else NO_TRAINING),
         ) from error  # fmt: skip
     return processes.gather(said, doing)

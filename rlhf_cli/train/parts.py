@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_cli.models import mesh, processes, sharding
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import states
 
 Named = list[tuple[str, nn.Parameter]]
 Lent = list[tuple[nn.Parameter, nn.Parameter]]
@@ -24,11 +25,13 @@ def lend(parameters: Named) -> tuple[Named, Lent]:
     return [(name, lent[name][0] if name in lent else p) for name, p in parameters], list(lent.values())
 
 
-def hand_over(lent: Lent) -> None:
-    """Give the optimiser the gradients of its parts."""
+def hand_over(lent: Lent, doing: str) -> None:
+    """Give the optimiser the gradients of its parts, added up over all who hold the same ones. Raises Lost."""
     for own, parameter in lent:
         assert own.data_ptr() == sharding.held(parameter).data_ptr()
         own.grad = None if parameter.grad is None else sharding.held(parameter.grad)
+        parameter.grad = None
+    mesh.add([own for own, _ in lent], doing)
 
 
 def forget(optimizer: Optimizer, lent: Lent) -> None:
@@ -38,43 +41,44 @@ def forget(optimizer: Optimizer, lent: Lent) -> None:
         parameter.grad = None
 
 
-def clip(parameters: Sequence[nn.Parameter], limit: float, doing: str) -> float:
-    """As torch's `clip_grad_norm_`, over whole parameters and parts: the norm before clipping."""
-    if not any(sharding.split(p) for p in parameters):
+def clip(parameters: Sequence[nn.Parameter], lent: Lent, limit: float, doing: str) -> float:
+    """As torch's `clip_grad_norm_`, over whole parameters and what is lent of others: the norm before clipping."""
+    if not lent:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    known = [(sharding.split(p), sharding.held(p.grad)) for p in parameters if p.grad is not None]
-    squares = [
-        sum(float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2 for split, grad in known if split is kind)
-        for kind in (True, False)
-    ]
+    found = [own.grad for own, _ in lent], [p.grad for p in parameters if not sharding.split(p)]
+    known = [[grad for grad in grads if grad is not None] for grads in found]
+    squares = [sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in grads) for grads in known]
     norm = math.sqrt(sum(processes.gather(squares[0], doing)[: mesh.count()]) + squares[1])  # of one copy
     if (scale := limit / (norm + 1e-6)) < 1.0:
-        for _, grad in known:
+        for grad in chain(*known):
             grad.mul_(scale)
     return norm
 
 
-def save(optimizer: Optimizer, lent: Lent) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `checkpoint.save_optimizer`, every part made whole; all processes ask together."""
-    tensors, state = checkpoint.save_optimizer(optimizer)
+def save(optimizer: Optimizer, lent: Lent) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """As `states.save_optimizer`: the tensors that every process has, those that are of its parts, and the rest."""
+    tensors, state = states.save_optimizer(optimizer)
     parameters = _whole(optimizer, lent)
-    for name in tensors:
+    own = {}
+    for name, tensor in tensors.items():
         parameter = parameters[int(name.partition(".")[0])]
-        if sharding.split(parameter):
-            tensors[name] = sharding.whole_like(tensors[name], parameter)
-    return tensors, state | {"shapes": _shapes(optimizer, lent)}
+        if sharding.shared(parameter) and tensor.shape == sharding.held(parameter).shape:
+            own[name] = tensor
+    return {k: t for k, t in tensors.items() if k not in own}, own, state | {"shapes": _shapes(optimizer, lent)}
 
 
-def load(optimizer: Optimizer, lent: Lent, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """As `checkpoint.load_optimizer`, of tensors that are whole. Raises ModelError."""
-    parameters = _whole(optimizer, lent)
+def load(optimizer: Optimizer, lent: Lent, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """As `states.load_optimizer`, of tensors that are whole. Raises ModelError."""
     if state["shapes"] == _shapes(optimizer, lent) and lent:
         state = state | {"shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]}
-        for name, tensor in tensors.items():
-            parameter = parameters[int(name.partition(".")[0])]
-            if tensor.shape == parameter.shape:
-                tensors[name] = sharding.part(tensor, parameter)
-    checkpoint.load_optimizer(optimizer, tensors, state)
+        parameters = _whole(optimizer, lent)
+        tensors = {name: _part(tensor, parameters[int(name.partition(".")[0])]) for name, tensor in tensors.items()}
+    states.load_optimizer(optimizer, tensors, state)
+
+
+def _part(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of it, where the parameter is held in parts; free of the rest."""
+    return sharding.part(tensor, parameter).clone() if tensor.shape == parameter.shape else tensor
 
 
 def _whole(optimizer: Optimizer, lent: Lent) -> list[nn.Parameter]:

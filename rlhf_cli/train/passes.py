@@ -18,10 +18,10 @@ from torch import Tensor
 from rlhf_cli.data.batch import Batch, collate, micro_batches, size
 from rlhf_cli.data.tokens import Sample
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.models import checkpointing, memory, processes, sequence, sharding
+from rlhf_cli.models import checkpointing, memory, processes, sequence, sharding, traffic
 from rlhf_cli.models.roles import Role
 from rlhf_cli.runs.display import Display
-from rlhf_cli.train import checkpoint, lockstep, parts
+from rlhf_cli.train import checkpoint, lockstep, parts, states
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine, Learner, Part, Prepare
@@ -67,7 +67,7 @@ def own_share(samples: Sequence[Sample], *, packed: bool) -> Sequence[int]:
 def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[[], T], *, training: bool = False) -> T:
     """function(), again with less in memory when that runs out: in training first by recomputing more layers, where
     the recipe leaves that to us, then by half the budget."""
-    generators, tokens = checkpoint.random_state(), engine.tokens
+    generators, tokens = states.random_state(), engine.tokens
     while True:
         try:
             return function()
@@ -88,7 +88,7 @@ def within_memory(engine: Memory, samples: Sequence[Sample], function: Callable[
                 engine.budget = max(engine.budget // 2, longest)
                 less = f"going on with micro-batches of {engine.budget} tokens"
         torch.cuda.empty_cache()
-        checkpoint.set_random_state(*generators)
+        states.set_random_state(*generators)
         engine.tokens = tokens
         engine.display.warn(f"out of memory: {less} (same result)")
 
@@ -253,11 +253,11 @@ def apply(engine: Engine, learner: Learner, samples: Sequence[Sample]) -> float:
     """Add up over the processes, clip, check, apply. The norm of the gradient before clipping."""
     parameters = [p for _, p in learner.role.parameters]
     doing = f"adding up the gradients of {_moment(engine)}"
-    processes.add([p for p in parameters if not sharding.split(p)], doing)
-    parts.hand_over(learner.lent)
+    traffic.add("gradient", processes.add([p for p in parameters if not sharding.split(p)], doing))
+    parts.hand_over(learner.lent, doing)
     learner.scaler.unscale_(learner.optimizer)
     limit = engine.recipe.training.max_grad_norm
-    norm = parts.clip(parameters, math.inf if limit is None else limit, doing)
+    norm = parts.clip(parameters, learner.lent, math.inf if limit is None else limit, doing)
     learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
     if learner.skipped > (OVERFLOWS if learner.scaler.is_enabled() else 0):
         _diverged(engine, "grad_norm", norm, tuple(s.where for s in samples))

@@ -56,10 +56,9 @@ def roll_back(
     snapshot.scale_rates(engine, carry())
     engine.spare = None
 
-    found = snapshot.gather(engine)
+    snapshot.save(engine, sizes)
 
     def settle() -> None:
-        snapshot.save(engine, found, sizes)
         for name, size in sizes.items():
             Lines(engine.run.path / name).cut(size)
 

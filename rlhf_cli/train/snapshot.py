@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.models import sharding
-from rlhf_cli.runs.files import disk_error
+from rlhf_cli.models import mesh, processes, sharding
+from rlhf_cli.runs.files import disk_error, remove_quietly
 from rlhf_cli.runs.metrics import HINT
-from rlhf_cli.train import checkpoint, parts
+from rlhf_cli.train import checkpoint, parts, states
+from rlhf_cli.train.encode import safetensors_size
 
 if TYPE_CHECKING:
     from rlhf_cli.train.engine import Engine
@@ -31,32 +32,71 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-Gathered = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
-"""Groups of tensors, and the settings of the optimisers by learner."""
+class _Found(NamedTuple):
+    """The tensors of this moment by group: trained ones, optimisers, and all that is kept."""
+
+    whole: checkpoint.Tensors
+    """Those that every process has."""
+    own: checkpoint.Tensors
+    """This process's parts of the others."""
+    optimizers: dict[str, Any]
+    """Settings of the optimisers by learner."""
 
 
-def gather(engine: Engine) -> Gathered:
-    """The tensors of this moment: trained ones, optimisers, and all that is kept. All processes ask together, and those
-    that are held in parts are whole in process 0."""
-    tensors: dict[str, dict[str, Tensor]] = {}
+def _found(engine: Engine) -> _Found:
+    whole: checkpoint.Tensors = {}
+    own: checkpoint.Tensors = {}
     optimizers: dict[str, Any] = {}
+    groups = {name: learner.role.tensors() for name, learner in engine.learners.items()} | engine.kept_tensors
+    for name, tensors in groups.items():
+        parted = {key for key, tensor in tensors.items() if sharding.shared(tensor)}
+        whole[name] = {key: sharding.held(tensor) for key, tensor in tensors.items() if key not in parted}
+        own[name] = {key: sharding.held(tensors[key]) for key in tensors if key in parted}
     for name, learner in engine.learners.items():
-        tensors[name] = _whole(learner.role.tensors())
-        tensors[f"{name}-optimizer"], optimizers[name] = parts.save(learner.optimizer, learner.lent)
-    return tensors | {name: _whole(kept) for name, kept in engine.kept_tensors.items()}, optimizers
+        of = f"{name}-optimizer"
+        whole[of], own[of], optimizers[name] = parts.save(learner.optimizer, learner.lent)
+    return _Found(whole, {name: tensors for name, tensors in own.items() if tensors}, optimizers)
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: sharding.whole(tensor) for name, tensor in tensors.items()}
-
-
-def save(engine: Engine, found: Gathered, sizes: dict[str, int] | None = None) -> None:
-    """A whole checkpoint of this moment: what was gathered, schedules, generators, and all that is kept.
+def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
+    """A whole checkpoint of this moment, of all processes together: what is held in parts each writes itself, the first
+    one the rest: schedules, generators, and all that is kept.
 
     sizes: of the metric files, where they are about to be cut back; None: as they are. Raises DivergedError instead of
     saving numbers that are not finite.
     """
-    tensors, optimizers = found
+    found, doing = _found(engine), f"saving step {engine.step}"
+    written = _write_parts(engine, found.own, doing) if found.own else None
+    processes.first(lambda: _finish(engine, found, sizes, written), doing)
+
+
+def _write_parts(engine: Engine, own: checkpoint.Tensors, doing: str) -> checkpoint.Parts:
+    """By the processes that hold a copy of the layers among them, which are the first ones."""
+    folder, name, count = engine.run.checkpoints, _name(engine), mesh.count()
+    size = count * sum(safetensors_size(tensors) for tensors in own.values())
+    place = Path(processes.first(lambda: str(checkpoint.begin(folder, name, size)), doing))
+
+    def work() -> checkpoint.Files:
+        if processes.rank() >= count:
+            return {}
+        _require_finite(engine, own)
+        return checkpoint.write_parts(place, own, processes.rank() + 1, count)
+
+    try:
+        every = processes.together(work, doing)
+    except Exception:
+        if processes.rank() == 0:
+            remove_quietly(place)
+        raise
+    return checkpoint.Parts(place, {file: tuple(about) for files in every for file, about in files.items()})
+
+
+def _name(engine: Engine) -> str:
+    return f"step-{engine.step:06d}"
+
+
+def _finish(engine: Engine, found: _Found, sizes: dict[str, int] | None, written: checkpoint.Parts | None) -> None:
+    tensors, optimizers = found.whole, found.optimizers
     state: dict[str, Any] = {
         "step": engine.step,
         "total_steps": engine.total_steps,
@@ -67,35 +107,37 @@ def save(engine: Engine, found: Gathered, sizes: dict[str, int] | None = None) -
         "spikes": engine.spikes.state_dict(),
         "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
     }
+    _require_finite(engine, tensors)
     for name, learner in engine.learners.items():
-        _require_finite(engine, name, tensors[name])
-        _require_finite(engine, f"{name}'s optimiser", tensors[f"{name}-optimizer"])
         state["learners"][name] = {
             "optimizer": optimizers[name],
             "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if k != "lr_lambdas"},
             "scaler": learner.scaler.state_dict(),
         }
-    random_tensors, state["random"] = checkpoint.random_state()
+    random_tensors, state["random"] = states.random_state()
     tensors = tensors | {"random": random_tensors}
     keep = engine.recipe.checkpoint.keep
-    checkpoint.save(engine.run.checkpoints, f"step-{engine.step:06d}", tensors, state, keep, engine.spare)
+    checkpoint.save(engine.run.checkpoints, _name(engine), tensors, state, keep, engine.spare, written)
 
 
-def _require_finite(engine: Engine, whose: str, tensors: dict[str, Tensor]) -> None:
+def _require_finite(engine: Engine, tensors: checkpoint.Tensors) -> None:
     """Raise a DivergedError for a number that no later step could mend: it is not saved over those before it."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            saved = checkpoint.newest(engine.run.checkpoints, engine.display)
-            raise DivergedError(
-                f"tensor {name} of the {whose} holds NaN or infinite numbers after step {engine.step}",
-                str(engine.run.path),
-                f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate",
-            )
+    whose = {group: words for name in engine.learners
+             for group, words in ((name, name), (f"{name}-optimizer", f"{name}'s optimiser"))}  # fmt: skip
+    for group, words in whose.items():
+        for name, tensor in tensors.get(group, {}).items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                saved = checkpoint.newest(engine.run.checkpoints, engine.display)
+                raise DivergedError(
+                    f"tensor {name} of the {words} holds NaN or infinite numbers after step {engine.step}",
+                    str(engine.run.path),
+                    f"last whole checkpoint: {saved.path if saved else 'none'}; lower the learning rate",
+                )
 
 
 def tidy(engine: Engine) -> None:
     """Delete what a death after the last save left undeleted. Raises ModelError when the disk refuses."""
-    last = engine.run.checkpoints / f"step-{engine.step:06d}"
+    last = engine.run.checkpoints / _name(engine)
     try:
         checkpoint.retire(last.parent, last, engine.recipe.checkpoint.keep, engine.spare)
     except OSError as error:
@@ -136,7 +178,7 @@ def load(engine: Engine, saved: checkpoint.Checkpoint) -> None:
     for name, own in engine.kept_tensors.items():
         for key, tensor in saved.tensors(name).items():
             sharding.fill(own[key], tensor)
-    checkpoint.set_random_state(saved.tensors("random"), state["random"])
+    states.set_random_state(saved.tensors("random"), state["random"])
 
 
 def _resume_schedule(scheduler: LRScheduler, state: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ PARTS = {
     "growth": Part("growth.py"),
     "floor": Part("floor.py", pairs=True),
     "plan": Part("plan.py"),
+    "plan-processes": Part("plan_processes.py"),
     "levers": Part("levers.py", out=False),
 }
 

@@ -9,24 +9,35 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tests.several import ROOT
 
 
-def launch(folder: Path, commands: Sequence[Sequence[object]], counts: Sequence[int]) -> tuple[list[int], str]:
-    """As several.launch, by so many processes on each of some machines."""
-    work = folder / "work.json"
-    told = {"commands": [[str(a) for a in line] for line in commands], "kill": None, "values": {}}
-    work.write_text(json.dumps(told))
+def heads(counts: Sequence[int], restarts: int = 0) -> list[list[str]]:
+    """The torchrun of each of some machines with so many processes, but for what they are to run."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", str(restarts)]
+    if len(counts) == 1:
+        return [[*line, "--standalone", "--nproc-per-node", str(counts[0])]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    line += ["--nnodes", str(len(counts)), "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+    line += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+    return [[*line, "--nproc-per-node", str(count)] for count in counts]
+
+
+def launch(
+    folder: Path, commands: Sequence[Sequence[object]], counts: Sequence[int], kill: dict[str, Any] | None = None
+) -> tuple[list[int], str]:
+    """As several.launch, by so many processes on each of some machines."""
+    work = folder / "work.json"
+    told = {"commands": [[str(a) for a in line] for line in commands], "kill": kill, "values": {}}
+    work.write_text(json.dumps(told))
     said, agents = [], []
     with ExitStack() as stack:
-        for count in counts:
-            line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(counts)), "--nproc-per-node"]
-            line += [str(count), "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-            line += ["-m", "tests.several", str(work)]
+        for head in heads(counts):
+            line = [*head, "-m", "tests.several", str(work)]
             agent = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             agents.append(stack.enter_context(agent))
             stack.callback(agent.kill)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlhf_cli.models import mesh
+from rlhf_cli.runs import manifest
+from rlhf_cli.train import checkpoint
 from tests import several
 from tests.conftest import Outcome, run_cli
 from tests.stages import world as w
@@ -38,6 +42,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ppo-full": ("ppo", "prompts", FULL | PPO),
     "ppo-trunk": ("ppo", "prompts", PPO | {"critic": {"shared": True, "pretrain_steps": 1}}),
 }
+OFTEN = {"checkpoint": {"every": 1}}
 
 
 Make = Callable[..., dict[str, Any]]
@@ -83,17 +88,23 @@ def in_two(
     folder: Path,
     wrong: dict[str, Any] | None = None,
     before: list[list[object]] | None = None,
+    short: dict[str, Any] | None = None,
 ) -> str:
-    """In two processes, other lines before, one run after the other, and a wrong one. What they said; fails with it."""
+    """In two processes, other lines before, one run after the other, a wrong one, and one in which memory runs out in
+    the third step of one process. What they said; fails with it."""
     lines = before or []
     for content, options in recipes:
         path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
         lines.append([content["stage"], str(path), *options])
-    good = len(lines)
-    if wrong is not None:
-        lines.append([wrong["stage"], str(w.save(wrong, Path(wrong["output_dir"]).with_suffix(".yaml")))])
-    codes, said = several.launch(folder, lines, 2)
-    assert codes == [0] * good + [2] * (len(lines) - good), said[-3000:]
+    expected = [0] * len(lines)
+    for content, code in ((wrong, 2), (short, 4)):
+        if content is not None:
+            path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
+            lines.append([content["stage"], str(path)])
+            expected.append(code)
+    kill = {"process": 1, "step": 2, "how": "memory", "command": len(lines) - 1}
+    codes, said = several.launch(folder, lines, 2, None if short is None else kill)
+    assert codes == expected, said[-3000:]
     return said
 
 
@@ -105,17 +116,20 @@ def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
         assert outcome.code == 0, outcome.err
     first = alone(make("sft-full", "onetwo"), "--max-steps", 2)
     assert first.code == 0, first.err
-    in_two(
+    said = in_two(
         [
             *((make(run, "two", **SHARD), []) for run in RUNS),
             (make("sft-full", "onetwo", **SHARD), []),
             (make("sft-full", "twoone", **SHARD), ["--max-steps", "2"]),
         ],
         tmp_path_factory.mktemp("lines"),
+        short=make("sft-full", "short", **SHARD, **OFTEN),
     )
     last = alone(make("sft-full", "twoone"))
     assert last.code == 0, last.err
-    return Path(make("kto", "one")["output_dir"]).parent
+    out = Path(make("kto", "one")["output_dir"]).parent
+    (out / "errors").write_text("".join(f"{line}\n" for line in said.splitlines() if line.startswith("error: ")))
+    return out
 
 
 def same_numbers(one: Path, other: Path) -> None:
@@ -136,10 +150,14 @@ def same_tensors(one: Path, other: Path, limit: float = 2e-5) -> None:
     assert files
     assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors") if p.name != "random.safetensors")
     for file in files:
-        mine, theirs = load_file(one / file), load_file(other / file)
-        assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
-        for name, tensor in mine.items():
-            assert (tensor.double() - theirs[name].double()).abs().max() <= limit, (file, name)
+        same_values(load_file(one / file), load_file(other / file), str(file), limit)
+
+
+def same_values(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str, limit: float = 2e-5) -> None:
+    """Tensors by name, shape and dtype, and to a limit."""
+    assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    for name, tensor in mine.items():
+        assert (tensor.double() - theirs[name].double()).abs().max() <= limit, (where, name)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -172,22 +190,43 @@ def test_what_is_sent_is_the_formula(
 def test_nothing_is_counted_where_fsdp_cannot_be_asked() -> None:
     """As before PyTorch 2.9: a part without the methods for it is left alone."""
 
-    class Old:
-        def set_all_reduce_hook(self, hook: object) -> None:
-            raise AssertionError(hook)
-
-    mesh.counted(Old(), "cpu")
+    mesh.counted(object())
 
 
-def test_checkpoints_hold_whole_tensors(runs: Path) -> None:
+def test_each_process_writes_its_parts_of_a_checkpoint(runs: Path) -> None:
+    """Whoever reads it finds them whole; a damaged part is a damaged checkpoint."""
     for step in ("step-000002", "step-000004"):
-        same_tensors(runs / "sft-full-one" / "checkpoints" / step, runs / "sft-full-two" / "checkpoints" / step)
+        one, two = (runs / f"sft-full-{name}" / "checkpoints" / step for name in ("one", "two"))
+        for group in ("policy", "policy-optimizer"):
+            mine, theirs = (checkpoint.read(path).tensors(group) for path in (one, two))
+            same_values(mine, theirs, group)
+            parts = [load_file(two / f"{group}.{n}-of-2.safetensors") for n in (1, 2)]
+            rest = load_file(two / f"{group}.safetensors")
+            assert parts[0].keys() == parts[1].keys()
+            assert not rest.keys() & parts[0].keys()
+            assert {k: len(t) for k, t in parts[0].items()} == {k: -(-len(theirs[k]) // 2) for k in parts[0]}
+            assert sum(t.numel() for t in parts[0].values()) > 0.1 * sum(t.numel() for t in theirs.values())
+    broken = runs / "broken" / "step-000004"
+    shutil.copytree(two, broken)
+    (broken / "policy.2-of-2.safetensors").unlink()
+    assert manifest.fault(broken) == "policy.2-of-2.safetensors is missing"
 
 
 @pytest.mark.parametrize("change", ["onetwo", "twoone"])
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, change: str) -> None:
     run = runs / f"sft-full-{change}"
     assert "resumed from" in (run / "run.log").read_text()
+    same_numbers(runs / "sft-full-one", run)
+    same_tensors(runs / "sft-full-one" / "final", run / "final")
+
+
+def test_memory_that_runs_out_on_one_process_is_one_line_and_the_run_goes_on(make: Make, runs: Path) -> None:
+    (line,) = (runs / "errors").read_text().splitlines()
+    assert line.startswith("error: process 1: training.micro_batch_tokens: out of memory while computing step 3, and ")
+    assert line.endswith("(lower it, or set model.gradient_checkpointing: true)")
+    run = runs / "sft-full-short"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-000002"
+    assert alone(make("sft-full", "short", **OFTEN)).code == 0  # by one process, which goes on where two have stopped
     same_numbers(runs / "sft-full-one", run)
     same_tensors(runs / "sft-full-one" / "final", run / "final")
 

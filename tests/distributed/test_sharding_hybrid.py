@@ -25,7 +25,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft-full": (
         "sft",
         "chat",
-        FULL | {"checkpoint": {"every": 2}, "data": {"eval": None}, "evaluation": {"samples": 0}},
+        FULL
+        | {"checkpoint": {"every": 2}, "data": {"eval": None}, "evaluation": {"samples": 0}}
+        | {"training": {"batch_size": 9, "micro_batch_tokens": 24}},  # three micro-batches here, two there
     ),
     "dpo-nf4": ("dpo", "pairs", {"objective": {"name": "dpo"}, "model": {"quantization": "nf4"}}),
 }
@@ -61,6 +63,8 @@ def runs(make: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
         line(make("sft-full", "onefour", **HYBRID)),
         line(make("sft-full", "rows", **SHARED)),
         line(make("sft-full", "fourone", **HYBRID), "--max-steps", 2),
+        line(make("sft-full", "again", **HYBRID), "--max-steps", 2),
+        line(make("sft-full", "again", **HYBRID)),
     ]
     codes, said = machines.launch(tmp_path_factory.mktemp("lines"), lines, (2, 2))
     assert codes == [0] * len(lines), said[-3000:]
@@ -96,10 +100,19 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path, change: str)
 
 
 @pytest.mark.slow
+def test_four_processes_go_on_to_the_same_bits(runs: Path) -> None:
+    assert "resumed from" in (runs / "sft-full-again" / "run.log").read_text()
+    for where in ("final", "checkpoints/step-000004"):
+        same_tensors(runs / "sft-full-four" / where, runs / "sft-full-again" / where, limit=0.0)
+
+
+@pytest.mark.slow
 def test_what_is_sent_is_the_formula(make: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path) -> None:
     path = w.save(make("sft-full", "four", **HYBRID), tmp_path / "r.yaml")
     options = ("--no-time", "--json", "--world-size", 4, "--processes-per-machine", 2)
     told = json.loads(run_cli("plan", path, *options).out)["communication"]
+    assert told["micro_batches"] > 1
+    assert told["copied"] == 4 * told["spread"] / 2, "once a step, however many micro-batches"
     rows = [row for row in w.lines(runs / "sft-full-four" / "metrics.jsonl") if row["step"]]
     for name, key in (("gathered", "gathered"), ("scattered", "scattered"), ("copied", "copied"),
                       ("gradient", "handed")):  # fmt: skip

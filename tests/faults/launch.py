@@ -34,7 +34,8 @@ class Attempt:
     seconds: float
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of every process that is started: one thread, no network, no GPU, and this source."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     still = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **still, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
@@ -46,7 +47,7 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._nursery = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"], cwd=ROOT, env=_environment(), text=True,
+            [sys.executable, "-m", "tests.faults.nursery"], cwd=ROOT, env=environment(), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -111,15 +112,13 @@ class Launcher:
         return answer["code"], answer["seconds"]
 
     def _new(self, arguments: list[str], armed: str, said: Path, strike: Strike | None) -> tuple[int, float]:
-        environment = _environment()
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/faults/site"), environment["PYTHONPATH"]])
-        environment[shim.VARIABLE] = armed
+        around = environment()
+        around["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/faults/site"), around["PYTHONPATH"]])
+        around[shim.VARIABLE] = armed
         command = [sys.executable, "-m", "rlhf_cli", *arguments]
         with (
             said.open("ab") as out,
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
-            ) as child,
+            subprocess.Popen(command, cwd=ROOT, env=around, stdin=subprocess.DEVNULL, stdout=out, stderr=out) as child,
         ):
             return watch(child.pid, child.poll, strike)
 

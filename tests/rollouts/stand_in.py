@@ -33,11 +33,12 @@ FIELDS = {
     "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "stop_token_ids", "stop",
     "include_stop_str_in_output", "skip_special_tokens", "add_special_tokens", "logprobs", "return_token_ids",
 }  # fmt: skip
-READ = {
-    "model", "prompt", "n", "max_tokens", "temperature", "seed", "stream", "echo", "prompt_logprobs",
-    "add_special_tokens", "return_token_ids",
+NEXT = {
+    "model", "prompt", "n", "stream", "echo", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "add_special_tokens", "logprobs",
+    "logprob_token_ids", "return_tokens_as_token_ids", "return_token_ids",
 }  # fmt: skip
-"""Of a request that asks what the prompt's own tokens are given."""
+"""Of a request that asks how probable some tokens are as the next one."""
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -173,27 +174,27 @@ class StandIn:
         self.loaded[name] = path
         return b"Success: LoRA adapter added successfully."
 
-    def read(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What each token of the prompt is given."""
+    def next(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What some tokens are given behind the prompt, and the likeliest one, which is what is drawn."""
         role = Role("served", self.base, body["model"] if body["model"] in self.loaded else None)
-        ids = torch.tensor([body["prompt"]])
         with torch.no_grad(), role.active():
-            logp = self.base.model(ids).logits[0, :-1].double().log_softmax(-1)
-        told = [{str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": ""}}
-                for i, row in zip(body["prompt"][1:], logp, strict=True)]  # fmt: skip
-        choice = {"index": 0, "text": "", "finish_reason": "length", "stop_reason": None, "token_ids": [5],
-                  "logprobs": None, "prompt_token_ids": body["prompt"], "prompt_logprobs": [None, *told]}  # fmt: skip
+            logp = self.base.model(torch.tensor([body["prompt"]])).logits[0, -1].double().log_softmax(-1)
+        drawn = int(logp.argmax())
+        top = {f"token_id:{i}": float(logp[i]) for i in [drawn, *body["logprob_token_ids"]]}
+        told = {"tokens": [f"token_id:{drawn}"], "token_logprobs": [float(logp[drawn])], "top_logprobs": [top]}
+        choice = {"index": 0, "text": "", "finish_reason": "length", "stop_reason": None, "token_ids": [drawn],
+                  "logprobs": told, "prompt_token_ids": body["prompt"]}  # fmt: skip
         return {"object": "text_completion", "choices": [choice], "usage": {}}
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        if set(body) not in (FIELDS, READ):
+        if set(body) not in (FIELDS, NEXT):
             raise Refusal(400, f"fields: {sorted(set(body) ^ FIELDS)}")
         if body["model"] not in (self.root, *self.loaded):
             raise Refusal(404, f"The model `{body['model']}` does not exist.")
         if not self.awake or len(body["prompt"]) + body["max_tokens"] > self.context:
             raise Refusal(400, "asleep, or longer than the maximum context length")
-        if set(body) == READ:
-            return self.read(body)
+        if set(body) == NEXT:
+            return self.next(body)
         prompt, count, heat = np.array(body["prompt"], np.int32), body["n"], body["temperature"]
         sampling = Sampling(
             body["max_tokens"], heat or 1.0, greedy=heat == 0, top_k=body["top_k"] or None, min_p=body["min_p"] or None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.runs import files
-from rlhf_cli.train import checkpoint
+from rlhf_cli.train import checkpoint, states
 from tests.runs.helpers import Screen, tree
 
 SMALL = {"policy": {"w": torch.arange(6.0).reshape(2, 3)}}
@@ -259,7 +259,7 @@ def test_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, dtype: torch.d
     steps(optimizer, ours, 1, 3)
     optimizer.param_groups[0]["lr"] = 0.003
     optimizer.param_groups[0]["initial_lr"] = 0.01
-    tensors, state = checkpoint.save_optimizer(optimizer)
+    tensors, state = states.save_optimizer(optimizer)
     path = checkpoint.save(tmp_path, "step-000003", {"optimizer": tensors}, {"optimizer": state}, 1)
     kept = {key: value.clone() for key, value in tensors.items()}
     copies = [nn.Parameter(value.detach().clone()) for value in ours]
@@ -267,8 +267,8 @@ def test_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, dtype: torch.d
 
     fresh = OPTIMIZERS[name](copies)
     saved = checkpoint.read(path)
-    checkpoint.load_optimizer(fresh, saved.tensors("optimizer"), saved.state["optimizer"])
-    again, again_state = checkpoint.save_optimizer(fresh)
+    states.load_optimizer(fresh, saved.tensors("optimizer"), saved.state["optimizer"])
+    again, again_state = states.save_optimizer(fresh)
     assert again_state == state
     assert again.keys() == kept.keys()
     for key, value in kept.items():
@@ -286,7 +286,7 @@ def test_float32_moments_of_bfloat16_weights_are_not_cast() -> None:
     moment: Tensor = torch.full((80, 64), 1.0000001)
     optimizer.state[values[0]]["exp_avg"] = moment
     fresh = torch.optim.AdamW(parameters(torch.bfloat16), lr=1e-2)
-    checkpoint.load_optimizer(fresh, *checkpoint.save_optimizer(optimizer))
+    states.load_optimizer(fresh, *states.save_optimizer(optimizer))
     loaded = fresh.state[fresh.param_groups[0]["params"][0]]["exp_avg"]
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded, moment)
@@ -297,7 +297,7 @@ def test_other_parameters_are_refused() -> None:
     optimizer = torch.optim.SGD(parameters(torch.float32), lr=1e-2)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1e-2)
     with pytest.raises(ModelError, match="other parameters"):
-        checkpoint.load_optimizer(other, *checkpoint.save_optimizer(optimizer))
+        states.load_optimizer(other, *states.save_optimizer(optimizer))
 
 
 def test_generators(tmp_path: Path) -> None:
@@ -306,11 +306,11 @@ def test_generators(tmp_path: Path) -> None:
     np.random.seed(4)
     np.random.standard_normal()
     torch.manual_seed(5)
-    tensors, state = checkpoint.random_state()
+    tensors, state = states.random_state()
     path = checkpoint.save(tmp_path, "step-000001", {"random": tensors}, {"random": state}, 1)
     wanted = (random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.randn(4).tolist())
     saved = checkpoint.read(path)
-    checkpoint.set_random_state(saved.tensors("random"), saved.state["random"])
+    states.set_random_state(saved.tensors("random"), saved.state["random"])
     found = (random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.randn(4).tolist())
     assert found == wanted
     assert json.dumps(saved.state["random"])

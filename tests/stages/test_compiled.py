@@ -82,16 +82,48 @@ def test_attention_in_one_kernel_changes_nothing(toy: Toy, monkeypatch: pytest.M
 FLEX = {"model": {"attn_implementation": "flex_attention"}, "training": {"layout": "packed"}}
 
 
-def test_what_this_machine_lacks_is_said(toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_this_machine_lacks_is_said_before_rows_are_read(
+    toy: Toy, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"x": 1}\n')
+    bad = str(tmp_path / "bad.jsonl")
+
+    def refused(content: dict[str, Any], code: int = 4) -> str:
+        path = w.save(content, tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml")
+        outcome = quick(content["stage"], path, "--dry-run")
+        assert outcome.code == code, outcome.err
+        assert len(outcome.errors) == 1 or code == 3
+        return outcome.errors[0]
+
     def said(name: str, **more: Any) -> str:
         content = toy("orpo", "pairs", name, **w.merged(CALM, more))
-        outcome = quick("orpo", w.save(content, tmp_path / f"{name}.yaml"))
-        assert outcome.code == 4, outcome.err
-        assert len(outcome.errors) == 1
-        return outcome.errors[0]
+        content["data"]["train"] = bad
+        return refused(content)
 
     assert "flex_attention has no backward pass on a CPU" in said("flex", **FLEX)
     monkeypatch.setattr("rlhf_cli.objectives.fused.attempt", lambda _: "InvalidCxxCompiler: none found")
     line = said("compiled", **COMPILED)
     assert "model.kernels: compiled cannot be had here: InvalidCxxCompiler" in line
     assert "a C++ compiler" in line
+    flex = {"name_or_path": str(base), "attn_implementation": "flex_attention"}
+    sample = {
+        "stage": "sample",
+        "model": flex,
+        "data": {"prompts": bad, "max_length": 64},
+        "rollout": {"max_new_tokens": 8},
+        "output_dir": str(tmp_path / "out"),
+    }
+    judge = {
+        "stage": "score",
+        "judge": {"model": flex},
+        "data": {"completions": bad},
+        "output_dir": str(tmp_path / "o"),
+    }
+    score = {"stage": "score", "model": flex, "rewards": [{"run": str(base)}], "data": {"completions": bad},
+             "output_dir": str(tmp_path / "o")}  # fmt: skip
+    for content in (sample, judge, score, sample | {"stage": "eval"}):
+        assert "flex_attention has no backward pass on a CPU" in refused(content)
+    server = {"engine": "vllm", "server": "http://127.0.0.1:1", "max_new_tokens": 8}
+    refused(sample | {"rollout": server}, code=3)  # weights that are elsewhere
+    function = [{"rule": {"name": "stop"}}]
+    refused(score | {"rewards": function}, code=3)  # no weights at all

@@ -32,8 +32,8 @@ def asked(content: dict[str, Any], path: Path, *options: object) -> Outcome:
 
 def planned(content: dict[str, Any], path: Path, *options: object) -> dict[str, Any]:
     outcome = asked(content, path, "--json", *options)
-    assert outcome.code == 0, outcome.err
     found: dict[str, Any] = json.loads(outcome.out)
+    assert outcome.code == (0 if found["fits"] else 4), outcome.err
     return found
 
 
@@ -226,8 +226,13 @@ def test_what_does_not_fit_comes_with_changes_that_do(toy: Toy, tmp_path: Path) 
     assert room["changes"] == []
     assert room["largest_micro_batch_tokens"] >= room["memory"]["micro_batch_tokens"]
     peak, optimiser = room["memory"]["peak"] / 2**30, room["memory"]["optimiser"] / 2**30
-    small = planned(content, tmp_path / "r.yaml", "--vram", f"{peak - optimiser / 3:.6f}",
-                    "--set", f"training.micro_batch_tokens={room['memory']['micro_batch_tokens']}")  # fmt: skip
+    told = asked(content, tmp_path / "r.yaml", "--json", "--vram", f"{peak - optimiser / 3:.6f}",
+                 "--set", f"training.micro_batch_tokens={room['memory']['micro_batch_tokens']}")  # fmt: skip
+    small = json.loads(told.out)
+    assert (told.code, told.err.splitlines()) == (4, told.errors), "the whole plan all the same"
+    (line,) = told.errors
+    assert re.match(rf"error: {tmp_path}/r.yaml: does not fit: .* of the card \(take a change from above, or a larger "
+                    r"card\)$", line)  # fmt: skip
     assert not small["fits"]
     assert small["changes"]
     for change in small["changes"][:2]:
@@ -249,6 +254,9 @@ def test_what_does_not_fit_comes_with_changes_that_do(toy: Toy, tmp_path: Path) 
         (("--vram", "nan"), {}, 2, "is no size of a card"),
         (("--vram", "much"), {}, 2, "--vram"),
         (("--world-size", "0"), {}, 2, "0 is no number of processes"),
+        (("--processes-per-machine", "2"), {}, 2, "2 processes on each machine, and 1 in all"),
+        (("--world-size", "4", "--processes-per-machine", "8"), {}, 2, "8 processes on each machine, and 4 in all"),
+        (("--world-size", "4", "--processes-per-machine", "0"), {}, 2, "0 processes on each machine"),
         (
             ("--world-size", "2", "--set", "distributed.shard=full"),
             {"model": {"quantization": "int8"}},

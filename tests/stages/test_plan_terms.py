@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.data.tokens import Completion, Sample
@@ -16,6 +17,7 @@ from rlhf_cli.models.base import load_text
 from rlhf_cli.models.portions import portions
 from rlhf_cli.models.shortened import measure, role_of, shortened
 from rlhf_cli.recipe.settings.model import LoraSettings, ModelSettings
+from rlhf_cli.stages.plan import KEPT
 from rlhf_cli.stages.plan_traffic import Traffic
 from tests.stages.test_plan import Toy, planned
 
@@ -30,8 +32,8 @@ def test_what_processes_send_is_the_formula() -> None:
     assert of.scattered == 10_800, "2 updates x 3 micro-batches x 4 bytes x 600 x 3/4"
     assert of.sent == 67_800
     two = replace(of, world=8)  # two machines of four
-    assert (two.handed, two.ring, two.copied) == (8000, 14_000, 3600), "6 x 4 bytes x 600 / 4 x 2 x 1/2"
-    assert two.sent == 14_000 + 45_000 + 10_800 + 3600
+    assert (two.handed, two.ring, two.copied) == (8000, 14_000, 1200), "2 updates x 4 bytes x 600 / 4 x 2 x 1/2"
+    assert two.sent == 14_000 + 45_000 + 10_800 + 1200
 
 
 def test_processes_share_examples_and_with_full_the_layers(toy: Toy, base: Path, tmp_path: Path) -> None:
@@ -61,6 +63,56 @@ def test_processes_share_examples_and_with_full_the_layers(toy: Toy, base: Path,
     assert more["gathered"] == more["micro_batches"] * 2 * more["matrices"] / 2
     assert more["matrices"] == 4 * cut, "gathered in float32, the dtype of the recipe"
     assert more["scattered"] == more["micro_batches"] * 4 * cut / 2
+
+
+def test_layers_in_main_memory_are_not_on_the_card(toy: Toy, base: Path, tmp_path: Path) -> None:
+    content = toy("sft", "chat", training={"batch_size": 4}) | {"lora": None}
+    tensors = load_file(base / "final" / "model.safetensors")
+    matrices = [t for name, t in tensors.items() if ".layers." in name and t.ndim == 2]
+    numbers, cut = sum(t.numel() for t in tensors.values()), sum(t.numel() for t in matrices)
+    away = ("--set", "distributed.shard=full", "--set", "distributed.cpu_offload=true")
+
+    def told(*options: object) -> tuple[dict[str, Any], dict[str, int]]:
+        found = planned(content, tmp_path / "r.yaml", *options)["memory"]
+        return {p["what"]: p["bytes"] for p in found["parts"]} | found, {p["what"]: p["bytes"] for p in found["main"]}
+
+    whole, nothing = told("--vram", 24)
+    card, main = told("--vram", 24, *away)
+    assert nothing == {}
+    assert whole["weights, float32"] - card["weights, float32"] == 4 * cut
+    assert (card["gradients"], card["optimiser"]) == (4 * (numbers - cut), 8 * (numbers - cut))
+    pinned = sum(1 << (t.nbytes - 1).bit_length() for t in matrices)
+    assert main == {"weights, float32": pinned, "gradients": pinned, "optimiser, adamw": 8 * cut}
+    of_two = told("--vram", 24, "--world-size", 2, *away)
+    assert of_two[0]["weights, float32"] == card["weights, float32"], "no part on the card, however many there are"
+    assert of_two[1]["optimiser, adamw"] == 8 * sum(math.ceil(len(t) / 2) * t.shape[1] for t in matrices)
+    assert told(*away)[1] == {}, "without a card there is one memory"
+
+
+def test_process_0_brings_together_the_model_that_it_writes(toy: Toy, base: Path, tmp_path: Path) -> None:
+    content = toy("sft", "chat") | {"lora": None}
+    tensors = load_file(base / "final" / "model.safetensors")
+    cut = sum(t.numel() for name, t in tensors.items() if ".layers." in name and t.ndim == 2)
+    memory = planned(content, tmp_path / "r.yaml", "--world-size", 2, "--set", "distributed.shard=full")["memory"]
+    parts = {p["what"]: p["bytes"] for p in memory["parts"]}
+    assert memory["together"] == 4 * cut
+    moments, held = memory["moments"], memory["idle"] + KEPT + parts["weights, float32"]
+    largest = max(t.numel() for t in tensors.values())
+    assert moments["writing the model"] == held + memory["optimiser"] + 4 * cut
+    assert moments["saving"] == held + memory["optimiser"] + 6 * largest, "each its own parts"
+    whole = 4 * sum(t.numel() for t in tensors.values())
+    whole += memory["idle"] + KEPT + 6 * largest
+    assert moments["loading"] == pytest.approx(whole, abs=4096), "read whole, then cut; buffers besides"
+
+
+def test_a_file_in_another_dtype_is_there_while_it_is_read(toy: Toy, base: Path, tmp_path: Path) -> None:
+    content = toy("sft", "chat", model={"dtype": "bfloat16"})
+    tensors = load_file(base / "final" / "model.safetensors")
+    memory = planned(content, tmp_path / "r.yaml")["memory"]
+    numbers, largest = sum(t.numel() for t in tensors.values()), max(t.numel() for t in tensors.values())
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    held = memory["moments"]["loading"] - memory["idle"] - KEPT
+    assert held == pytest.approx((2 + 4) * numbers + 3 * largest, abs=4096), "buffers besides"
 
 
 # --- how it is measured ----------------------------------------------------------------------------------------------

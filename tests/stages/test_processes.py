@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
 
+from rlhf_cli.cli import app
 from tests import several
 from tests.conftest import run_cli
 from tests.stages import world as w
@@ -118,6 +122,7 @@ def test_a_process_that_dies_is_replaced_and_nothing_is_lost(
     assert "is gone" in said
     whole, killed = (w.contents(tmp_path / name / "final") for name in ("whole", "killed"))
     assert whole == killed
+    assert w.metrics(tmp_path / "whole") == w.metrics(tmp_path / "killed"), "counted bytes are the same too"
 
 
 @pytest.mark.parametrize("command", ["merge", "report", "chat", "data", "plan", "check", "serve-rollouts", "list"])
@@ -132,5 +137,37 @@ def test_what_is_no_stage_runs_alone(command: str, monkeypatch: pytest.MonkeyPat
     assert outcome.errors == [f"error: torchrun: {words}"]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(app, "PATIENCE", 0.0)  # without torchrun, which ends this one once the first has said it
     outcome = cli(command, *arguments)
-    assert (outcome.code, outcome.errors) == (2, [])
+    assert (outcome.code, outcome.errors) == (2, [f"error: process 1: torchrun: {words}"])
+
+
+def test_frames_of_c_do_not_hide_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(app, "run_command_line", lambda arguments: 0)
+    monkeypatch.setattr(app.gc, "disable", lambda: None)
+    for command, torchrun, level in (("sft", "", None), ("--debug", "x", None), ("sft", "x", "ERROR")):
+        monkeypatch.setattr(app.sys, "argv", ["rlhf", command])
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun) if torchrun else None
+        with pytest.raises(SystemExit):
+            app.main()
+        assert os.environ.get("TORCH_CPP_LOG_LEVEL") == level
+
+
+def test_without_a_place_for_temporary_files(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a process that is not the first may meet alone, on a disk of its own."""
+    place = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(app, "PATIENCE", 0.0)
+    monkeypatch.setattr(app, "check_shell", lambda arguments: no_folder())
+    outcome = cli("sft", "r.yaml")
+    words = "no temporary file can be written: No usable temporary directory found in ['/full']"
+    assert outcome.code == 4
+    assert outcome.errors == [f"error: process 3: {words} (free some space, or set TMPDIR)"]
+
+
+def no_folder() -> None:
+    """What Python says."""
+    with patch("tempfile._candidate_tempdir_list", lambda: ["/full"]), patch("tempfile.tempdir", None):
+        tempfile.gettempdir()

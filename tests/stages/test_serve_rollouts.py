@@ -50,6 +50,10 @@ def test_the_command_of_a_server(recipe: Path, base: Path, sft_lora: Path, world
     assert "/opt/v/bin/vllm serve owner/name --served-model-name owner/name --revision abc" in hub.out
     assert "--gpu-memory-utilization 0.3" in hub.out
     assert "--enable-lora" not in hub.out
+    more = ["--print", "seed=4", "--", "--tensor-parallel-size", "2", "--max-model-len=99"]
+    several = run_cli("serve-rollouts", recipe, *more).out
+    assert " --seed 4 " in several
+    assert several.endswith(" --tensor-parallel-size 2 --max-model-len=99\n")  # behind ours, so that they win
 
 
 def test_what_serves_nobody(recipe: Path, toy: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -115,6 +119,16 @@ def test_a_server_that_ends(recipe: Path, tmp_path: Path) -> None:
     outcome = run_cli("serve-rollouts", recipe, "--vllm", program(tmp_path / "bad", "exit 3"))
     assert outcome.code == 4
     assert outcome.errors == ["error: vllm serve: ended with exit code 3 (its own words stand above)"]
+
+
+def test_nothing_of_a_server_that_was_killed_stays(recipe: Path, tmp_path: Path) -> None:
+    """vLLM's engines are processes of their own, which outlive it and hold the card's memory."""
+    told = tmp_path / "told"
+    killed = program(tmp_path / "killed", f"sleep 300 & echo $! > {told}; kill -9 $$")
+    outcome = run_cli("serve-rollouts", recipe, "--vllm", killed)
+    assert outcome.errors == ["error: vllm serve: ended with exit code -9 (its own words stand above)"]
+    engine = Path("/proc", told.read_text().strip(), "stat")
+    assert not engine.exists() or engine.read_text().split()[2] == "Z"
 
 
 def test_a_signal_ends_the_server_first(recipe: Path, tmp_path: Path) -> None:

@@ -211,10 +211,13 @@ def test_judges_by_a_server(
 @pytest.mark.parametrize(
     ("judge", "change", "code", "words"),
     [
-        ({}, lambda a: {"choices": []}, 4, "with no log-probability of each prompt token (is this a vLLM server?)"),
-        ({}, lambda a: a["choices"][0].update(prompt_logprobs=[None]) or a, 4, "no log-probability of each prompt"),
-        ({}, lambda a: a["choices"][0]["prompt_logprobs"].append(a["choices"][0]["prompt_logprobs"].pop(1)) or a, 4,
-         "None as a log-probability"),
+        ({}, lambda a: {"choices": []}, 4, "with no log-probabilities of what comes next (is this a vLLM server?)"),
+        ({}, lambda a: a["choices"][0].update(logprobs=None) or a, 4, "no log-probabilities of what comes next"),
+        ({}, lambda a: a["choices"][0]["logprobs"]["top_logprobs"][0].clear() or a, 4,
+         "no log-probability of a label (vLLM 0.27 and newer"),
+        ({}, lambda a: a["choices"][0]["logprobs"]["top_logprobs"].append(dict.fromkeys(
+            a["choices"][0]["logprobs"]["top_logprobs"].pop(), 2.5)) or a, 4, "2.5 as a log-probability"),
+        ({}, lambda a: a["choices"][0].update(prompt_token_ids=[1]) or a, 4, "the completion of another prompt"),
         ({}, lambda a: None, 4, "broke off while it answered /v1/completions"),
         ({"server": "http://127.0.0.1:9"}, None, 4, "no server answers there: Connection refused (start it: vllm "),
         ({"server": None}, None, 2, "engine: vllm asks a server, and judge.server is not given"),

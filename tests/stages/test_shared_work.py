@@ -15,7 +15,7 @@ from rlhf_cli.stages import product
 from tests import several
 from tests.rollouts.stand_in import StandIn
 from tests.stages import world as w
-from tests.stages.conftest import quick
+from tests.stages.conftest import quick, train
 
 SMALL = {
     "rlhf_cli.stages.sample.AT_ONCE": 12, "rlhf_cli.stages.score.AT_ONCE": 16, "rlhf_cli.stages.judged.AT_ONCE": 5,
@@ -138,6 +138,7 @@ def begun(content: dict[str, Any], out: Path) -> Path:
         ("score", {"judge": {"model": {"name_or_path": "m", "quantization": "int8"}}}, "out judge.model.quantization"),
         ("eval", {"model": {"quantization": "int8"}}, "cannot share out model.quantization int8: use nf4"),
         ("eval", {"distributed": {"shard": "none", "sequence_parallel": 2}}, "only read by the commands that train"),
+        ("eval", {"distributed": {"shard": "none", "cpu_offload": True}}, "in main memory, and shard is none: set"),
         ("select", {}, "distributed.shard is only read where models are, and rlhf select loads none"),
     ],
 )
@@ -162,9 +163,12 @@ def test_a_single_process_says_that_it_has_nothing_to_share_out(base: Path, worl
 
 @pytest.mark.slow
 def test_two_processes_make_the_rows_of_one_and_a_killed_one_costs_nothing(
-    ones: tuple[Path, dict[str, dict[str, Any]]], base: Path, tmp_path: Path
+    ones: tuple[Path, dict[str, dict[str, Any]]], base: Path, world: Path, tmp_path: Path
 ) -> None:
     folder, made = ones
+    dora, short = w.LORA | {"use_dora": True}, {"max_steps": 1}
+    train(w.recipe("sft", base, world, "chat", tmp_path / "dora", training=short, lora=dora))
+    whole = {"model": {"name_or_path": str(tmp_path / "dora")}}
     log = folder / "counted.log"
     calls = sorted(line for line in log.read_text().split() if line != "2")
     log.write_text("")
@@ -178,12 +182,17 @@ def test_two_processes_make_the_rows_of_one_and_a_killed_one_costs_nothing(
     lines.append(["score", saved(w.merged(made["judged"], server), tmp_path / "served"), "--quiet"])
     lines.append(["eval", saved(made["spoken"], tmp_path / "spoken"), "--json"])
     lines.append(["sample", begun(made["revised"], tmp_path / "half"), "--quiet"])
+    lines.append(["sample", saved(w.merged(made["revised"], whole, FULL), tmp_path / "refused"), "--quiet"])
     # the first is killed; all others come once the processes have started anew
     lines.insert(0, ["eval", saved(made["spoken"], tmp_path / "killed"), "--quiet"])
     codes, said = several.launch(tmp_path, lines, 2, {"process": 1, "piece": 5}, SMALL)
-    assert codes == [0] * len(lines), said[-3000:]
+    assert codes == [0] * (len(lines) - 1) + [2], said[-3000:]
     errors = [text for text in said.splitlines() if text.startswith("error: ")]
-    assert len(errors) == 1, errors
+    assert len(errors) == 2, errors
+    assert errors[1] == (
+        f"error: distributed.shard: layers in parts cannot go with {tmp_path}/dora, a DoRA adapter, which reads whole "
+        f"weights (set none, or merge it first: rlhf merge {tmp_path}/dora)"
+    )
     assert "process 1 (last seen: ending piece 5) is gone" in errors[0]
     assert "goes on after the last whole piece" in errors[0]
     assert_same(folder / "spoken", tmp_path / "killed")
@@ -196,7 +205,7 @@ def test_two_processes_make_the_rows_of_one_and_a_killed_one_costs_nothing(
     assert apart(*(w.lines(run / "comparisons.jsonl") for run in (folder / "judged", tmp_path / "served"))) == []
     questions = [tuple(body["prompt"]) for body in stand_in.bodies]
     matches = json.loads((folder / "judged" / "summary.json").read_text())["matches"]
-    assert len(questions) == 4 * matches  # two labels, two orders: never twice by two processes
+    assert len(questions) == 2 * matches  # two orders, both labels at once: never twice by two processes
     assert_same(folder / "revised", tmp_path / "half")
     assert said.count('"kind": "language"') == 1  # told by one process
     assert said.count("up to date") == 1

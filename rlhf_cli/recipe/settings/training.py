@@ -33,7 +33,8 @@ class TrainingSettings(Checked):
     lr_scheduler: Scheduler = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: Share = 0.0
-    """Share of the steps over which the learning rate rises from zero."""
+    """Share of the steps over which the learning rate rises from zero. The first step is taken at zero, as with
+    transformers' schedules: it changes no weight and fills the optimiser's averages."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """The same as a number of steps; instead of warmup_ratio."""
     optimizer: Optimizer = "adamw"
