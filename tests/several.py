@@ -6,12 +6,13 @@ WORK.json: {"commands": [[argument, ...], ...], "kill": {"process": 1, "step": 4
 (With "command": 3 it is killed in that one, counted from 0, else in the first that comes so far.)
 A command ["-m", MODULE, argument, ...] calls the main of a module, which meets the others itself. Process 0 writes the
 exit codes beside it, to WORK.codes. `kill`: that process dies at the end of that step, or of that piece of data, in the
-first attempt only, or with "how": "memory" runs out of memory in the step after it; `values`: constants of modules that
-are others here.
+first attempt only, or with "how": "memory" runs out of memory in the step after it, with "how": "disk" finds its disk
+full from then on; `values`: constants of modules that are others here.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -56,7 +57,7 @@ def main(work: Path) -> None:
     from rlhf_cli.cli.app import run_command_line
     from rlhf_cli.models import processes
     from rlhf_cli.stages import product
-    from rlhf_cli.train import passes
+    from rlhf_cli.train import checkpoint, passes
     from rlhf_cli.train.engine import Engine
 
     told, codes = json.loads(work.read_text()), []
@@ -70,6 +71,8 @@ def main(work: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if here | {"how": "memory"} == told["kill"]:
             patch.object(passes, "collate", run_out).start()
+        if here | {"how": "disk"} == told["kill"]:
+            patch.object(checkpoint, "write_new", fill_up).start()
 
     def deadly(engine: Engine, metrics: dict[str, float]) -> None:
         tick(engine, metrics)
@@ -100,6 +103,11 @@ def main(work: Path) -> None:
 def run_out(*_: object, **__: object) -> None:
     """As a card does that is full."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+
+def fill_up(*_: object, **__: object) -> None:
+    """As a disk does that is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def close(a: dict[str, Any], b: dict[str, Any], tolerance: float = 1e-5) -> list[str]:

@@ -120,17 +120,17 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     if known is None:
         kind = " ".join(f"{type(error).__name__}: {error}".split())
         known = RlhfError(Problem(f"{kind}; this is a bug of rlhf", hint="run again with --debug for the traceback"))
-    for problem in known.problems if _speaks() else ():
+    for problem in known.problems if _speaks(error) else ():
         say(f"error: {_who()}{problem}")
     return known.exit_code
 
 
-def _speaks() -> bool:
+def _speaks(error: BaseException) -> bool:
     """Whether it is for this process to tell: of several that fail, the first one; before they have met, the first of
     each machine. The others wait: torchrun ends them when that one has failed as well."""
     met = sys.modules.get("rlhf_cli.models.processes")
     if met is not None and met.met():
-        return bool(met.speaks())
+        return bool(met.speaks(error))
     local = os.environ.get("LOCAL_RANK", "0") if _TORCHRUN in os.environ else "0"
     time.sleep(PATIENCE + int(local) / 2 if local.isdigit() and local != "0" else 0.0)
     return True

@@ -5,15 +5,18 @@ vLLM is never imported; its program may lie in an environment of its own.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -162,34 +165,63 @@ def installed(program: str | None) -> str:
 
 
 def serve(program: str, served: Served) -> None:
-    """Run it until it ends, by that program. Raises RecipeError when there is no key, ModelError when it fails,
-    Interrupted when a signal ended it."""
+    """Run it until it ends, by that program. Raises RecipeError when there is no key, ModelError when its port is taken
+    or it fails, Interrupted when a signal ended it."""
     from rlhf_cli.rollouts.server import key_of
 
-    came: list[int] = []
+    _check_port(served.address)
+
     key = key_of(served.key, "rollout.api_key_env")
-    try:
-        command = [program, *served.arguments[1:]]
-        environment = {**os.environ, **served.environment, **({KEY: key} if key else {})}
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
-    except OSError as error:
-        raise ModelError(f"cannot be started: {error.strerror}", program) from error
+    command = [program, *served.arguments[1:]]
+    environment = {**os.environ, **served.environment, **({KEY: key} if key else {})}
+    came: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        child.send_signal(number)
+        if child is not None:
+            child.send_signal(_told(number))
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in _heard()}
     try:
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        for number in came:  # before there was one to hear it
+            child.send_signal(_told(number))
         code = child.wait()
+    except OSError as error:
+        raise ModelError(f"cannot be started: {error.strerror}", program) from error
     finally:
-        _end_group(child.pid)
+        if child is not None:
+            _end_group(child.pid)
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
         raise Interrupted(came[0], "the server was ended")
     if code:
         raise ModelError(f"ended with exit code {code}", "vllm serve", "its own words stand above")
+
+
+def _check_port(address: str) -> None:
+    """ModelError when something listens there: vLLM would say so only when it has loaded the model."""
+    host, port = _place(address)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ModelError(f"something listens on port {port} already", address,
+                             "end it, or take another port in rollout.server") from error  # fmt: skip
+
+
+def _heard() -> tuple[signal.Signals, ...]:
+    """The signals that end the server. A closed terminal is one, unless nohup says otherwise: the server has a session
+    of its own, and would stay with the card."""
+    asked = (signal.SIGINT, signal.SIGTERM)
+    return asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*asked, signal.SIGHUP)
+
+
+def _told(number: int) -> int:
+    """What the server is sent for it: of a closed terminal it would die without a word to its engines."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _end_group(group: int) -> None:
@@ -200,6 +232,8 @@ def _end_group(group: int) -> None:
             os.killpg(group, number)
             while time.monotonic() < until:
                 time.sleep(0.05)
+                with suppress(ChildProcessError):  # as process 1 of a container we inherit what is left
+                    os.waitpid(-group, os.WNOHANG)
                 os.killpg(group, 0)
         except ProcessLookupError:
             return

@@ -100,22 +100,28 @@ def _dead(group: Group, other: int) -> bool:
         return False
     try:
         os.kill(int(group.store.get(key)), 0)
-    except ProcessLookupError:
+    except OSError:  # none of that number, or somebody else's
         return True
     return False
 
 
-def speaks(group: Group) -> bool:
+def speaks(group: Group, *, elsewhere: bool = False) -> bool:
     """Whether it is for this process to tell of its error, so that one line does: the first one for what all met, which
-    is why the others wait for it a little. Without a store to agree in (process 0 is gone): one of each machine."""
-    place, deadline = group.place, time.monotonic() + (0.0 if group.place.first else PATIENCE)
+    is why the others wait for it a little. elsewhere: it only knows that another has failed, and waits longer still, so
+    that the one that knows why tells it. Without a store to agree in (process 0 is gone): one of each machine, which
+    is why process 0, whose end may be the store's, waits for the others in turn."""
+    place, patience = group.place, 0.0 if group.place.first else PATIENCE
+    deadline = time.monotonic() + (2 * PATIENCE if elsewhere else patience)
     try:
         while time.monotonic() < deadline and not group.store.check(["failed"]):
             time.sleep(POLL)
         speaker = bool(group.store.add("failed", 1) == 1)
+        heard, leave = group.store.add("heard", 1), time.monotonic() + 2 * PATIENCE
+        while place.first and heard < place.world and time.monotonic() < leave:
+            time.sleep(POLL)
+            heard = group.store.add("heard", 0)
     except RuntimeError:
         return place.local == (1 if place.rank == place.local else 0)
-    time.sleep(4 * POLL if speaker else 0.0)  # the store may end with this process: others look into it before
     return speaker
 
 

@@ -88,9 +88,9 @@ def met() -> bool:
     return _group is not None
 
 
-def speaks() -> bool:
+def speaks(error: BaseException) -> bool:
     """Whether it is for this process to tell of its error, so that one line does."""
-    return _group is None or absent.speaks(_group)
+    return _group is None or absent.speaks(_group, elsewhere=isinstance(error, Elsewhere))
 
 
 @contextmanager

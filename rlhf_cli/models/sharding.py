@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlhf_cli.models.base import Base
     from rlhf_cli.models.roles import Role
 
-SAMPLING = "while it samples (without the lean decode step)"
+SAMPLING = "while it samples (without the faster decode step of bases that are whole)"
 
 
 @contextmanager
@@ -179,10 +179,11 @@ def collective(doing: str) -> Iterator[None]:
 
 def words(base: Base) -> str:
     """How much of the base this process holds, in words."""
-    counts = [(quantised.numbers(p), held(p).numel() / max(p.numel(), 1)) for p in base.model.parameters()]
+    weights = [p for n, p in base.model.named_parameters() if "lora_" not in n]
+    counts = [(quantised.numbers(p), held(p).numel() / max(p.numel(), 1)) for p in weights]
     everything, own = sum(n for n, _ in counts), sum(round(n * share) for n, share in counts)
     among = "" if mesh.count() == processes.count() else f" ({mesh.count()} of a machine share its layers out)"
-    away = sum(quantised.numbers(p) for p in base.model.parameters() if split(p)) if mesh.offloads() else 0
+    away = sum(quantised.numbers(p) for p in weights if split(p)) if mesh.offloads() else 0
     if processes.count() == 1:
         return f"{away:,} of {everything:,} parameters of the base lie in main memory, none of them {SAMPLING}"
     where = ", those of its layers in main memory" if away else ""

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def encode(name: str, files: dict[str, tuple[int, str]]) -> bytes:
     return _text({"format": FORMAT, "name": name, "files": entries}).encode()
 
 
-def fault(path: Path, name: str = "", content: bool = True) -> str:
+def fault(path: Path, name: str = "", content: bool = True, known: Collection[str] = ()) -> str:
     """Why a checkpoint is not whole; empty when it is.
 
     Args:
         path: its folder.
         name: the name it must carry; default: that of the folder.
         content: also compare the SHA-256 of every file.
+        known: files of which that has been done.
     """
     match = _ASIDE.fullmatch(path.name)
     name = name or (match[1] if match else path.name)
@@ -85,7 +87,7 @@ def fault(path: Path, name: str = "", content: bool = True) -> str:
             return f"{MANIFEST} is damaged"
         if manifest["format"] != FORMAT or manifest["name"] != name:
             return f"{MANIFEST} is of {manifest['name']}, format {manifest['format']}; wanted {name}, format {FORMAT}"
-        return _compare(path, manifest["files"], content)
+        return _compare(path, manifest["files"], manifest["files"].keys() - set(known) if content else ())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -94,8 +96,8 @@ def fault(path: Path, name: str = "", content: bool = True) -> str:
         return f"{MANIFEST} is damaged"
 
 
-def _compare(path: Path, files: dict[str, Any], content: bool) -> str:
-    """The first file that is not as the manifest says."""
+def _compare(path: Path, files: dict[str, Any], content: Collection[str]) -> str:
+    """The first file that is not as the manifest says. content: those whose hashes are compared."""
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
     if extra := sorted(present - files.keys()):
         return f"{extra[0]} is not in {MANIFEST}"
@@ -107,7 +109,7 @@ def _compare(path: Path, files: dict[str, Any], content: bool) -> str:
             return f"{name} is not a plain file"
         if found.st_size != entry["size"]:
             return f"{name} has {found.st_size} bytes instead of {entry['size']}"
-        if content and sha256(path / name) != entry["sha256"]:
+        if name in content and sha256(path / name) != entry["sha256"]:
             return f"{name} has another SHA-256 than {MANIFEST} says"
     return ""
 

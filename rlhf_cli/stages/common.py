@@ -126,8 +126,8 @@ def _begin(engine: Engine, lineage: dict[str, Any]) -> None:
 
 def resume_point(run: Run, display: Display) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from: the one asked for, or the newest whole one."""
-    if run.resume_from is not None:
-        return checkpoint.read(run.resume_from)
+    if run.resume_from is not None:  # for all but the first of several processes, which compares hashes for them
+        return checkpoint.read(run.resume_from, content=processes.rank() == 0)
     return checkpoint.newest(run.checkpoints, display) if run.status == "resume" else None
 
 

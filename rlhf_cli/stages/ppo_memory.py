@@ -1,4 +1,5 @@
-"""What the roles take of the memory, told before the first step. Activations, caches and logits are not in it."""
+"""What the roles take of this process's memory, told before the first step. Activations, caches and logits are not in
+it; of a base that is held in parts, only the part that lies here is."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from rlhf_cli.models import processes
 from rlhf_cli.models.adapters import adapter_parameters
 from rlhf_cli.models.roles import Role
+from rlhf_cli.models.sharding import held
 from rlhf_cli.recipe.settings.training import TrainingSettings
 from rlhf_cli.train.optim import state_bytes
 
@@ -28,11 +31,12 @@ def memory_lines(roles: Sequence[Role], trained: Sequence[Role], training: Train
         total += own
         if role in trained:
             parameters = [p for _, p in role.parameters]
-            gradient, state = _bytes(parameters), sum(state_bytes(p, training) for p in parameters)
+            gradient, state = _bytes(parameters), sum(state_bytes(held(p), training) for p in parameters)
             parts += [f"gradient {_mib(gradient)}", f"{training.optimizer} {_mib(state)}"]
             total += gradient + state
         lines.append(f"memory: {role.name}: {', '.join(parts)}")
-    return [*lines, f"memory: {_mib(total)} in all, activations and caches not counted"]
+    where = " on each process" if processes.count() > 1 else ""
+    return [*lines, f"memory: {_mib(total)} in all{where}, activations and caches not counted"]
 
 
 def own_bytes(role: Role) -> int:
@@ -43,7 +47,7 @@ def own_bytes(role: Role) -> int:
 
 
 def _bytes(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.numel() * p.element_size() for p in map(held, parameters))
 
 
 def _mib(size: float) -> str:

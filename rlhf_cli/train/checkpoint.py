@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.recipe.model_path import read_json
+from rlhf_cli.recipe.model_path import read_json, sha256
 from rlhf_cli.runs import manifest
 from rlhf_cli.runs.files import discard, disk_error, exchange, remove_quietly, sync_folder, temporary, write_new
 from rlhf_cli.train.encode import encode_state, safetensors_parts, safetensors_size
@@ -88,13 +88,14 @@ class Parts:
     """What several processes have written of a checkpoint that is to come."""
 
     folder: Path
+    """Its hidden name."""
     files: Files
 
 
 def begin(folder: Path, name: str, size: int) -> Path:
-    """An empty folder for parts of so many bytes in all, which nobody takes for a checkpoint; the caller holds the
-    run's lock. Raises ModelError when the disk is full or fails."""
-    place = temporary(folder / f"{name}.parts")
+    """The empty folder, under its hidden name, of a checkpoint with parts of so many bytes in all; the caller holds the
+    run's lock, and is the one to `save` it. Raises ModelError when the disk is full or fails."""
+    place = temporary(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.tidy(folder)
@@ -108,10 +109,15 @@ def begin(folder: Path, name: str, size: int) -> Path:
 
 
 def write_parts(place: Path, tensors: Tensors, number: int, count: int) -> Files:
-    """Write part `number` (from 1) of `count` into the folder that `begin` made. Raises ModelError."""
+    """Write part `number` (from 1) of `count` where `begin` said, and read it back. Raises ModelError."""
+    files: Files = {}
     try:
-        return {file: write_new(place / file, safetensors_parts(members)) for group, members in tensors.items()
-                for file in [f"{group}.{number}-of-{count}.safetensors"]}  # fmt: skip
+        for group, members in tensors.items():
+            path = place / f"{group}.{number}-of-{count}.safetensors"
+            files[path.name] = write_new(path, safetensors_parts(members))
+            if sha256(path) != files[path.name][1]:
+                raise OSError(None, "what was written does not read back", str(path))
+        return files
     except OSError as error:
         raise disk_error(
             error, "a part of a checkpoint could not be saved", place, _what_remains(place.parent)
@@ -136,7 +142,7 @@ def save(
         state: None, bool, int, float, str, lists and dicts of them.
         keep: how many checkpoints stay. Those of later steps go too: the run has left them behind.
         spare: an earlier step whose checkpoint stays as well.
-        parts: files that belong to it too; they are moved into it, and gone when that fails.
+        parts: what `begin` and `write_parts` made of it.
 
     Returns:
         Its folder. Raises TypeError for other types in `state`, ModelError when the disk is full or fails; the former
@@ -145,15 +151,16 @@ def save(
     assert manifest.step_of(name) is not None, name
     assert keep >= 1, keep
     assert all(re.fullmatch(r"[\w-]+", group) for group in tensors), list(tensors)
-    text = encode_state(state)
     target, draft = folder / name, temporary(folder / name)
+    assert parts is None or parts.folder == draft
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-        if parts is None:
-            manifest.tidy(folder)
-        _require_space(folder, len(text) + sum(safetensors_size(group) for group in tensors.values()))
         try:
+            text = encode_state(state)
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+            if parts is None:
+                manifest.tidy(folder)
+            _require_space(folder, len(text) + sum(safetensors_size(group) for group in tensors.values()))
             _write(draft, name, tensors, text, parts)
             if not target.exists():
                 os.rename(draft, target)
@@ -164,9 +171,6 @@ def save(
         retire(folder, target, keep, spare)
     except OSError as error:
         raise disk_error(error, f"checkpoint {name} could not be saved", target, _what_remains(folder)) from error
-    finally:
-        if parts is not None:
-            remove_quietly(parts.folder)
     return target
 
 
@@ -180,26 +184,24 @@ def newest(folder: Path, display: Display) -> Checkpoint | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint of that folder. Raises ModelError when it is not whole."""
-    if reason := manifest.fault(path):
+def read(path: Path, *, content: bool = True) -> Checkpoint:
+    """The checkpoint of that folder. content: also compare hashes. Raises ModelError when it is not whole."""
+    if reason := manifest.fault(path, content=content):
         raise ModelError(f"the checkpoint is not whole: {reason}", str(path), "give another one")
     return Checkpoint(path, read_json(path / STATE))
 
 
 def _write(draft: Path, name: str, tensors: Tensors, text: bytes, parts: Parts | None) -> None:
     """Write every file of a checkpoint, the manifest last, bring them to the disk and read them back."""
-    draft.mkdir()
+    draft.mkdir(exist_ok=parts is not None)
     files = {STATE: write_new(draft / STATE, [text])}
     for group, members in tensors.items():
         files[f"{group}.safetensors"] = write_new(draft / f"{group}.safetensors", safetensors_parts(members))
-    if parts is not None:
-        for file in parts.files:
-            os.rename(parts.folder / file, draft / file)
-        files |= parts.files
+    known = {} if parts is None else parts.files
+    files |= known
     write_new(draft / manifest.MANIFEST, [manifest.encode(name, files)])
     sync_folder(draft)
-    if reason := manifest.fault(draft, name):
+    if reason := manifest.fault(draft, name, known=known):
         raise OSError(None, f"what was written does not read back: {reason}", str(draft))
 
 

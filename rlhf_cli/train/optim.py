@@ -36,7 +36,7 @@ def make_optimizer(
             return getattr(bitsandbytes.optim, kinds[settings.optimizer])(groups, **adam)
 
 
-def state_bytes(parameter: torch.nn.Parameter, training: TrainingSettings) -> int:
+def state_bytes(parameter: torch.Tensor, training: TrainingSettings) -> int:
     """What the optimiser will keep of a parameter: two moments, in 8 bits where bitsandbytes does so; Adafactor's row
     and column means."""
     n = parameter.numel()

@@ -52,7 +52,7 @@ def roll_back(
     """
     sizes = saved.state["sizes"]
     processes.first(lambda: _set_aside(engine.run.path, sizes, row, lost), "setting aside what is rolled back")
-    snapshot.load(engine, saved)
+    processes.together(lambda: snapshot.load(engine, saved), "going back")  # before its files are replaced
     snapshot.scale_rates(engine, carry())
     engine.spare = None
 

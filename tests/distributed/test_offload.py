@@ -39,7 +39,8 @@ def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def of_two(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By two processes: with parts where the device is, and in what stands for main memory; one of them in two goes."""
+    """By two processes: with parts where the device is, and in what stands for main memory; one of them in two goes.
+    And one in which the disk of one process is full when the second checkpoint is written."""
     lines: list[list[object]] = []
     for run in RUNS:
         for where, more in (("here", plain.SHARD), ("away", OFF)):
@@ -47,11 +48,16 @@ def of_two(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = w.save(content, Path(content["output_dir"]).with_suffix(".yaml"))
             lines += [[content["stage"], path, "--max-steps", 2]] if where == "away" else []
             lines.append([content["stage"], path])
+    full = make("sft-full", "full", **OFF)
+    lines.append([full["stage"], w.save(full, Path(full["output_dir"]).with_suffix(".yaml"))])
+    kill = {"process": 1, "step": 2, "how": "disk", "command": len(lines) - 1}
     codes, said = several.launch(
-        tmp_path_factory.mktemp("lines"), lines, 2, values={"rlhf_cli.models.mesh.CARDS": CARDS}
+        tmp_path_factory.mktemp("lines"), lines, 2, kill, values={"rlhf_cli.models.mesh.CARDS": CARDS}
     )
-    assert codes == [0] * len(lines), said[-3000:]
-    return Path(make("sft-full", "here")["output_dir"]).parent
+    assert codes == [*[0] * (len(lines) - 1), 4], said[-3000:]
+    out = Path(full["output_dir"]).parent
+    (out / "errors").write_text("".join(f"{line}\n" for line in said.splitlines() if line.startswith("error: ")))
+    return out
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -65,6 +71,15 @@ def test_parts_in_main_memory_change_no_bit(of_two: Path, run: str) -> None:
     assert "resumed from" in told
     assert "parameters of the base, those of its layers in main memory, all of them while it samples" in told
     assert "those of its layers in main memory" not in (here / "run.log").read_text()
+
+
+def test_a_full_disk_of_one_process_is_told_by_that_one(of_two: Path) -> None:
+    """And not by the first one, which only knows that there is another that has failed."""
+    (line,) = (of_two / "errors").read_text().splitlines()
+    assert line.startswith("error: process 1: ")
+    assert "a part of a checkpoint could not be saved: No space left on device (the last whole checkpoint is " in line
+    assert "step-000002; free some space" in line
+    assert [path.name for path in (of_two / "sft-full-full" / "checkpoints").iterdir()] == ["step-000002"]
 
 
 @pytest.fixture

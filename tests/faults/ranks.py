@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.models.absent import NO_STORE
 from tests.distributed import machines
 from tests.faults import judge, scenes
 from tests.faults.launch import ROOT, environment
@@ -214,8 +215,8 @@ def blow(rng: random.Random, scene: Scene, job: Job, tally: Tally) -> bool:
         time.sleep(0.05)
     strike, began = draw(rng, scene), time.monotonic()
     while not _due(strike, time.monotonic() - began):
-        if job.processes() != pids:  # they end, or have already
-            return False
+        if job.processes() != pids or (scene.run / "DONE").exists():
+            return False  # they end, or have already: torchrun would wait five minutes for one that dies then
         time.sleep(0.004)
     if strike.path:
         time.sleep(strike.after)
@@ -245,7 +246,8 @@ def trial(rng: random.Random, scene: Scene, tally: Tally, most: int = MOST) -> N
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said, said
     assert "is a bug of rlhf" not in said, errors
-    assert len(errors) <= struck, errors
+    lost = [line for line in errors if NO_STORE in line]  # process 0 was struck: one line a machine
+    assert len(errors) - len(lost) - (-len(lost) // len(scene.kind.machines)) <= struck, errors
     tally.resumed += said.count("resumed from")
     judge.same(scene.run, scene.whole, strict=False)
 

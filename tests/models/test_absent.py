@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore
@@ -87,6 +89,16 @@ def test_the_dead_are_named_and_not_those_whom_they_failed(told: list[int], dead
     assert all(line.endswith(f" ({absent.AGAIN})") for line in found)
 
 
+def test_only_its_own_machine_knows_whether_a_process_lives() -> None:
+    store = HashStore()
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    store.set("pid/2", str(gone.pid))
+    every = groups(store, beside=2)
+    assert [absent._dead(group, 2) for group in every] == [False, False, True, True]
+    assert not absent._dead(every[3], 1), "has not said who it is"
+
+
 def test_a_store_that_is_gone_says_that_process_0_is() -> None:
     words = "^process 0 or torchrun is gone, or did not answer within 60 s while sending "
     with pytest.raises(absent.Lost, match=words), absent.telling(groups(Gone())[1], "sending"):
@@ -100,6 +112,44 @@ def test_one_of_all_speaks_the_first_if_it_comes(living: list[int]) -> None:
         spoke = list(pool.map(absent.speaks, [every[rank] for rank in living]))
     assert spoke.count(True) == 1
     assert spoke[0] or 0 not in living
+
+
+@pytest.mark.parametrize("failed", range(WORLD))
+def test_the_one_that_failed_speaks_and_not_those_who_heard_of_it(failed: int) -> None:
+    with ThreadPoolExecutor(WORLD) as pool:
+        spoke = [
+            pool.submit(absent.speaks, group, elsewhere=group.place.rank != failed) for group in groups(HashStore())
+        ]
+        assert [one.result() for one in spoke] == [rank == failed for rank in range(WORLD)]
+
+
+def test_who_heard_of_one_that_is_silent_says_so() -> None:
+    assert absent.speaks(groups(HashStore())[0], elsewhere=True)
+
+
+def test_the_store_stays_until_all_have_looked_into_it() -> None:
+    """It may end with process 0, and who finds none takes that one for lost."""
+    store, ended = HashStore(), []
+
+    class Ends(HashStore):
+        def __getattribute__(self, name: str) -> Any:
+            if ended and name in ("check", "add"):
+                raise RuntimeError("Broken pipe")
+            return getattr(store, name)
+
+    def first(group: absent.Group) -> bool:
+        spoke = absent.speaks(group)
+        ended.append(True)
+        return spoke
+
+    def late(group: absent.Group) -> bool:
+        time.sleep(0.2 * group.place.rank)
+        return absent.speaks(group)
+
+    every = groups(Ends())
+    with ThreadPoolExecutor(WORLD) as pool:
+        spoke = [pool.submit(late if group.place.rank else first, group) for group in every]
+        assert [one.result() for one in spoke] == [True, False, False, False]
 
 
 def test_without_a_store_one_of_each_machine_speaks() -> None:

@@ -15,6 +15,7 @@ from rlhf_cli.models.roles import Role
 from rlhf_cli.recipe.settings.ppo import PPOSettings
 from rlhf_cli.recipe.settings.training import TrainingSettings
 from rlhf_cli.rollouts.experience import pad
+from rlhf_cli.stages import ppo_memory
 from rlhf_cli.stages.ppo_losses import Coefficients, Lesson, Target, counts, policy_loss, value_loss
 from rlhf_cli.stages.ppo_memory import memory_lines
 from rlhf_cli.train.engine import Engine
@@ -154,6 +155,22 @@ def test_memory_is_told_by_role() -> None:
     assert lines[4].startswith(f"memory: critic: adapter {(own + head) / mib:,.1f} MiB, gradient ")
     total = 2 * weights + 4 * own + 4 * (own + head)
     assert lines[6] == f"memory: {total / mib:,.1f} MiB in all, activations and caches not counted"
+
+
+def test_memory_is_that_of_the_parts_that_lie_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base("llama")
+    policy, critic = Role("policy", base, trained=True), lora_role(make_base("llama"), "critic")
+    frozen = {id(p) for n, p in critic.base.model.named_parameters() if "lora_" not in n}
+    monkeypatch.setattr(
+        ppo_memory, "held", lambda p: p.detach().flatten()[::2] if id(p) in frozen else p.detach()
+    )  # the critic's base in two parts
+    monkeypatch.setattr(ppo_memory.processes, "count", lambda: 2)
+    lines = memory_lines([policy, critic], [critic], TrainingSettings(learning_rate=1.0))
+    half = sum((p.numel() + 1) // 2 * 4 for p in critic.base.model.parameters() if id(p) in frozen)
+    whole = sum(p.numel() * 4 for p in base.model.parameters())
+    own = sum(p.numel() * 4 for _, p in critic.parameters)
+    assert lines[1] == f"memory: base llama of critic: {half / 2**20:,.1f} MiB"
+    assert lines[-1].startswith(f"memory: {(whole + half + 4 * own) / 2**20:,.1f} MiB in all on each process, ")
 
 
 def test_a_run_tells_its_memory(toy: Toy, world: Path, rm: Path) -> None:

@@ -142,6 +142,19 @@ def test_what_is_no_stage_runs_alone(command: str, monkeypatch: pytest.MonkeyPat
     assert (outcome.code, outcome.errors) == (2, [f"error: process 1: torchrun: {words}"])
 
 
+def test_the_first_of_a_machine_tells_before_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others leave it the time to, one after the other."""
+    waited: list[float] = []
+    monkeypatch.setattr(app.time, "sleep", waited.append)
+    for torchrun, local in (("", "1"), ("x", "0"), ("x", "1"), ("x", "2")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun) if torchrun else None
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert app._speaks(ValueError())
+    assert waited[:2] == [0.0, 0.0]
+    assert waited[2] >= app.PATIENCE > 1.0
+    assert waited[3] > waited[2]
+
+
 def test_frames_of_c_do_not_hide_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
     monkeypatch.setattr(app, "run_command_line", lambda arguments: 0)

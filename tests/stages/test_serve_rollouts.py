@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.cli import serve
+from rlhf_cli.errors import Interrupted
 from tests.conftest import run_cli
 from tests.stages import world as w
 
@@ -121,27 +124,75 @@ def test_a_server_that_ends(recipe: Path, tmp_path: Path) -> None:
     assert outcome.errors == ["error: vllm serve: ended with exit code 3 (its own words stand above)"]
 
 
-def test_nothing_of_a_server_that_was_killed_stays(recipe: Path, tmp_path: Path) -> None:
-    """vLLM's engines are processes of their own, which outlive it and hold the card's memory."""
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(recipe: Path, tmp_path: Path) -> None:
+    never = program(tmp_path / "never", f"touch {tmp_path / 'begun'}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = run_cli("serve-rollouts", recipe, f"rollout.server=http://127.0.0.1:{port}", "--vllm", never)
+    where = f"http://127.0.0.1:{port}: something listens on port {port} already"
+    assert (outcome.code, outcome.errors) == (4, [f"error: {where} (end it, or take another port in rollout.server)"])
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM; "])
+def test_nothing_of_a_server_that_was_killed_stays(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    """vLLM's engines are processes of their own, which outlive it and hold the card's memory. One may not listen."""
+    monkeypatch.setattr(serve, "GRACE", 0.5)
     told = tmp_path / "told"
-    killed = program(tmp_path / "killed", f"sleep 300 & echo $! > {told}; kill -9 $$")
+    killed = program(tmp_path / "killed", f"{trap}sleep 300 & echo $! > {told}; kill -9 $$")
     outcome = run_cli("serve-rollouts", recipe, "--vllm", killed)
     assert outcome.errors == ["error: vllm serve: ended with exit code -9 (its own words stand above)"]
     engine = Path("/proc", told.read_text().strip(), "stat")
     assert not engine.exists() or engine.read_text().split()[2] == "Z"
 
 
-def test_a_signal_ends_the_server_first(recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_that_comes_while_the_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end this process alone, and leave the server with the card."""
+    begun = []
+
+    def start(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        begun.append(popen(*arguments, **more))
+        signal.raise_signal(signal.SIGTERM)
+        return begun[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(serve.subprocess, "Popen", start)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(Interrupted, match="the server was ended"):
+            serve.serve(
+                str(program(tmp_path / "long", "sleep 20")), serve.Served(["vllm"], {}, "http://127.0.0.1:8123", None)
+            )
+        assert begun[0].returncode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_nohup_keeps_the_server() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in serve._heard()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in serve._heard()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_server_first(recipe: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     told = tmp_path / "told"
     text = f"trap 'echo ended > {told}; exit 0' TERM; echo there > {told}; while :; do sleep 0.05; done"
     slow = program(tmp_path / "slow", text)
     command = [sys.executable, "-m", "rlhf_cli", "serve-rollouts", str(recipe), "--vllm", str(slow)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+    heard = ["env", "--default-signal=HUP", *command]  # whatever started the tests may have it ignored
+    with subprocess.Popen(heard, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60
         while not told.is_file() and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(signal.SIGTERM)
+        child.send_signal(number)
         _, words = child.communicate(timeout=60)
-    assert child.returncode == 143, words
+    assert child.returncode == code, words
     assert told.read_text() == "ended\n"
     assert words.splitlines()[-1] == "error: the server was ended"
