@@ -57,18 +57,14 @@ class Stored(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         """files: in the order of the rows, where several hold a tensor."""
-        self._files: dict[str, list[Path]] = {}
-        for path in files:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118
-                    self._files.setdefault(key, []).append(path)
+        self._files: dict[str, list[Any]] = {}
+        for file in (safe_open(path, framework="pt", device="cpu") for path in files):
+            for key in file.keys():  # noqa: SIM118
+                self._files.setdefault(key, []).append(file)
 
     def __getitem__(self, key: str) -> Tensor:
-        read: list[Tensor] = []
-        for path in self._files[key]:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                read.append(file.get_tensor(key).clone())
-        return read[0] if len(read) == 1 else torch.cat(read)
+        read = [file.get_tensor(key) for file in self._files[key]]
+        return read[0].clone() if len(read) == 1 else torch.cat(read)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
