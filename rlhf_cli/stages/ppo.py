@@ -50,6 +50,7 @@ from rlhf_cli.train.engine import Engine
 def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None:
     """Train a policy by PPO. Raises RlhfError."""
     text = load_text(recipe.model)
+    server = None if options.dry_run else serving(recipe.rollout, text.source, recipe.data.max_length, run.path)
     data = ppo_setup.read_tasks(recipe, text, display)
     data, ptx = ppo_setup.read_ptx(recipe, data, text, display)
     tasks = data.tasks_train
@@ -69,7 +70,6 @@ def run(recipe: PPORecipe, run: Run, display: Display, options: Options) -> None
     if options.dry_run:
         display.note(f"dry run: {len(data.train)} prompts, {counted(steps, 'rollout')} of {rollout}")
         return
-    server = serving(recipe.rollout, text.source, recipe.data.max_length, run.path)
     sampling = served(sampling, server)
     roles = load_roles(recipe, checked, text, display)
     learners = roles.learners(recipe)

@@ -53,6 +53,7 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     check_length(text, recipe.data.max_length, "data.max_length")
     if recipe.rollout.engine != "vllm":
         check_levers(recipe.model, text.source)
+    server = None if options.dry_run else serving(recipe.rollout, text.source, longest(recipe, text), run.path)
     data = read_prompts(recipe, text, display)
     sampling = Sampling.of(recipe.rollout, text.template)
     checked = check_rewards(recipe.rewards, recipe.model, text, data.tasks_train, recipe.data.max_length)
@@ -65,7 +66,6 @@ def run(recipe: SampleRecipe, run: Run, display: Display, options: Options) -> N
     if options.dry_run:
         display.note(f"dry run: {each} completions of each of {len(data.train)} prompts")
         return
-    server = serving(recipe.rollout, text.source, longest(recipe, text), run.path)
     sampling = served(sampling, server)
     policy = load_frozen(recipe.model, text)
     known = quantization_of(text)

@@ -208,6 +208,24 @@ def test_judges_by_a_server(
         assert {b["model"] == stand_in.root for b in stand_in.bodies} == {name == "full"}
 
 
+def test_a_server_is_asked_before_data_is_read(
+    toy: Callable[..., dict[str, Any]], world: Path, base: Path, tmp_path: Path
+) -> None:
+    """Reading may take long; --dry-run reads, and asks nobody."""
+    (tmp_path / "bad.jsonl").write_text("no row\n")
+    server = {"engine": "vllm", "server": "http://127.0.0.1:9"}
+    trained = ppo(toy, world, "x", rollout=server)
+    trained["data"]["train"] = str(tmp_path / "bad.jsonl")
+    sampled = {"stage": "sample", "model": {"name_or_path": str(base), "dtype": "float32"}, "rollout": server,
+               "data": {"prompts": str(tmp_path / "bad.jsonl"), "max_length": 48}, "output_dir": str(tmp_path / "s")}  # fmt: skip
+    for content in (trained, sampled):
+        path = w.save(content, tmp_path / "r.yaml")
+        outcome = run_cli(content["stage"], path)
+        assert (outcome.code, len(outcome.errors)) == (4, 1), outcome.err
+        assert "no server answers there" in outcome.errors[0]
+        assert run_cli(content["stage"], path, "--dry-run").code == 3
+
+
 @pytest.mark.parametrize(
     ("judge", "change", "code", "words"),
     [
