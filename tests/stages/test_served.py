@@ -216,8 +216,9 @@ def test_a_server_is_asked_before_data_is_read(
     server = {"engine": "vllm", "server": "http://127.0.0.1:9"}
     trained = ppo(toy, world, "x", rollout=server)
     trained["data"]["train"] = str(tmp_path / "bad.jsonl")
-    sampled = {"stage": "sample", "model": {"name_or_path": str(base), "dtype": "float32"}, "rollout": server,
-               "data": {"prompts": str(tmp_path / "bad.jsonl"), "max_length": 48}, "output_dir": str(tmp_path / "s")}  # fmt: skip
+    data = {"prompts": str(tmp_path / "bad.jsonl"), "max_length": 48}
+    sampled = {"stage": "sample", "model": {"name_or_path": str(base), "dtype": "float32"}, "data": data,
+               "rollout": server | {"max_new_tokens": 8}, "output_dir": str(tmp_path / "s")}  # fmt: skip
     for content in (trained, sampled):
         path = w.save(content, tmp_path / "r.yaml")
         outcome = run_cli(content["stage"], path)
