@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only an NVIDIA GPU can show: the tests marked gpu, then the tiny chain in bfloat16, DPO and PPO on an nf4 base, DPO
-# with compiled kernels and with attention in one kernel, and what each of those gains.
+# with compiled kernels and with attention in one kernel, and what each of those gains. RLHF_VLLM=PATH/bin/vllm: that too.
 #   make gpu-check            (or: scripts/gpu_check.sh [FOLDER FOR THE RUNS])
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,9 @@ root=$PWD
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no CUDA device")'
 "$python" -m pytest -m gpu
+if [ -n "${RLHF_VLLM:-}" ]; then # the vllm program of an environment of its own: samples, sleeps and judges beside
+  "$python" -m pytest tests/stages/test_real_vllm.py
+fi
 
 mkdir -p "$work/recipes"
 ln -sfn "$root/recipes/tiny" "$work/recipes/tiny"
