@@ -170,7 +170,6 @@ def serve(program: str, served: Served) -> None:
     from rlhf_cli.rollouts.server import key_of
 
     _check_port(served.address)
-
     key = key_of(served.key, "rollout.api_key_env")
     command = [program, *served.arguments[1:]]
     environment = {**os.environ, **served.environment, **({KEY: key} if key else {})}

@@ -49,9 +49,8 @@ def _found(engine: Engine) -> _Found:
     optimizers: dict[str, Any] = {}
     groups = {name: learner.role.tensors() for name, learner in engine.learners.items()} | engine.kept_tensors
     for name, tensors in groups.items():
-        parted = {key for key, tensor in tensors.items() if sharding.shared(tensor)}
-        whole[name] = {key: sharding.held(tensor) for key, tensor in tensors.items() if key not in parted}
-        own[name] = {key: sharding.held(tensors[key]) for key in tensors if key in parted}
+        whole[name] = {key: sharding.held(tensor) for key, tensor in tensors.items() if not sharding.shared(tensor)}
+        own[name] = {key: sharding.held(tensor) for key, tensor in tensors.items() if sharding.shared(tensor)}
     for name, learner in engine.learners.items():
         of = f"{name}-optimizer"
         whole[of], own[of], optimizers[name] = parts.save(learner.optimizer, learner.lent)
@@ -66,6 +65,7 @@ def save(engine: Engine, sizes: dict[str, int] | None = None) -> None:
     saving numbers that are not finite.
     """
     found, doing = _found(engine), f"saving step {engine.step}"
+    processes.first(lambda: _require_finite(engine, found.whole), doing)  # before anything is written
     written = _write_parts(engine, found.own, doing) if found.own else None
     processes.first(lambda: _finish(engine, found, sizes, written), doing)
 
@@ -107,7 +107,6 @@ def _finish(engine: Engine, found: _Found, sizes: dict[str, int] | None, written
         "spikes": engine.spikes.state_dict(),
         "kept": {name: thing.state_dict() for name, thing in engine.kept.items()},
     }
-    _require_finite(engine, tensors)
     for name, learner in engine.learners.items():
         state["learners"][name] = {
             "optimizer": optimizers[name],

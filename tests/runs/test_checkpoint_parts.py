@@ -136,6 +136,16 @@ def test_a_part_that_is_not_finite_is_not_saved(tmp_path: Path, group: str) -> N
     assert os.listdir(tmp_path) == []
 
 
+def test_nothing_is_written_beside_a_whole_tensor_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = snapshot._Found({"policy": {"norm": torch.tensor([torch.nan])}}, {"policy": {"weight": torch.ones(2)}}, {})
+    monkeypatch.setattr(snapshot, "_found", lambda engine: found)
+    with pytest.raises(DivergedError, match="tensor norm of the policy holds NaN or infinite numbers after step 2"):
+        snapshot.save(engine_of(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failure_elsewhere_leaves_no_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(work: Callable[[], Any], doing: str) -> None:
         assert work()
